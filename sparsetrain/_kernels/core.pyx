@@ -1,0 +1,575 @@
+"""The compiled kernels over NumPy arrays: checks, threads and the choice of instruction set.
+
+Blocked arrays are (blocks, channels, height, width, 16) with any strides of the first three axes and
+pixels 16 elements apart. All arrays of a call have one dtype, float32 or float64. Outputs are marked
+# OUT; nothing else is written. Threads are started here and nowhere else.
+"""
+import os
+
+import numpy as np
+
+from cython cimport floating
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport int32_t, int64_t, uint64_t
+
+from sparsetrain._kernels import threads as _threads
+
+from sparsetrain._kernels cimport kernels
+from sparsetrain._kernels.kernels cimport BatchNorm, Build, Product, Segment, Shape, View, Windows
+
+
+# ---- instruction sets and threads
+
+_ISAS = {kernels.isas[i].name.decode(): i for i in range(kernels.n_isas) if kernels.isas[i].supported}
+_isa = None
+cdef int _n_threads = _threads.default()
+
+
+def available_isas():
+    """Names of the instruction sets that this machine can run, best first."""
+    return list(_ISAS)
+
+
+def get_isa():
+    """Name of the instruction set in use."""
+    return _isa
+
+
+def set_isa(name):
+    """Use the kernels built for instruction set `name` from now on; ValueError if this machine cannot run it."""
+    global _isa
+    if name not in _ISAS:
+        raise ValueError(f"instruction set is {name!r}, this machine runs {', '.join(_ISAS)}")
+    kernels.use(kernels.isas[<int>_ISAS[name]].build)
+    _isa = name
+
+
+def tile_limits():
+    """How many positions a tile may have on the instruction set in use: (spmm, sddmm, dense spmm)."""
+    cdef const Build *b = kernels.isas[<int>_ISAS[_isa]].build
+    return b.max_tile, b.max_gradient_tile, b.max_dense_tile
+
+
+def get_num_threads():
+    """Number of threads that the kernels use."""
+    return _n_threads
+
+
+def set_num_threads(n):
+    """Use n threads from now on. No result depends on it. ValueError if n < 1."""
+    global _n_threads
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"n is {n!r}, must be an int >= 1")
+    if n < 1:
+        raise ValueError(f"n is {n}, must be an int >= 1")
+    _n_threads = n
+
+
+set_isa(os.environ.get("SPARSETRAIN_ISA") or available_isas()[0])
+
+
+# A parallel region costs about 2 us here: below this much work (elements, or multiply-adds / 8) one thread is faster.
+cdef enum:
+    SERIAL = 8192
+
+cdef int team(long tasks, double work) noexcept:
+    return 1 if work < <double>SERIAL or tasks < 2 else min(_n_threads, tasks)
+
+
+cdef long chunks_of(long n, int threads) noexcept:
+    """Into how many ranges n planes, channels or elements are cut: a few a thread, so that a slow one can be made up for."""
+    return 1 if threads == 1 else min(n, 4 * threads)
+
+
+# ---- blocked arrays
+
+cdef View[floating] view(floating[:, :, :, :, :] a) noexcept:
+    cdef View[floating] v
+    v.data = &a[0, 0, 0, 0, 0]
+    v.block = a.strides[0] // sizeof(floating)
+    v.channel = a.strides[1] // sizeof(floating)
+    v.row = a.strides[2] // sizeof(floating)
+    return v
+
+
+cdef Shape shape_of(floating[:, :, :, :, :] a, long images) noexcept:
+    cdef Shape s
+    s.blocks, s.channels, s.height, s.width, s.images = a.shape[0], a.shape[1], a.shape[2], a.shape[3], images
+    return s
+
+
+cdef int same_shape(floating[:, :, :, :, :] a, floating[:, :, :, :, :] b) except -1:
+    cdef int i
+    for i in range(5):
+        if a.shape[i] != b.shape[i]:
+            raise ValueError(f"blocked shapes differ: {tuple(a.shape)[:5]} and {tuple(b.shape)[:5]}")
+    return 0
+
+
+cdef int same_length(const char *name, long n, long wanted) except -1:
+    if n != wanted:
+        raise ValueError(f"{name.decode()} has {n} values, must have {wanted}")
+    return 0
+
+
+cdef double size(Shape s) noexcept:
+    return <double>s.blocks * s.channels * s.height * s.width * 16
+
+
+def to_blocked(const floating[:, :, :, ::1] x, floating[:, :, :, :, :] y):
+    """y[:] = x (images, channels, height, width) in blocks of 16 images, padding lanes 0."""
+    cdef:
+        Shape s = shape_of(y, x.shape[0])
+        View[floating] out = view(y)  # OUT
+        const floating *p = &x[0, 0, 0, 0]
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    same_length("x", x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3], s.images * s.channels * s.height * s.width)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.to_blocked(s, p, out, n * c // chunks, n * (c + 1) // chunks)
+
+
+def from_blocked(floating[:, :, :, :, :] x, floating[:, :, :, ::1] y):
+    """y[:] = the images of x as (images, channels, height, width)."""
+    cdef:
+        Shape s = shape_of(x, y.shape[0])
+        View[floating] source = view(x)
+        floating *p = &y[0, 0, 0, 0]  # OUT
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    same_length("y", y.shape[0] * y.shape[1] * y.shape[2] * y.shape[3], s.images * s.channels * s.height * s.width)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.from_blocked(s, source, p, n * c // chunks, n * (c + 1) // chunks)
+
+
+def copy(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y):
+    """y[:] = x."""
+    same_shape(x, y)
+    cdef:
+        Shape s = shape_of(x, 16 * x.shape[0])
+        View[floating] xv = view(x), yv = view(y)  # OUT y
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.copy(s, xv, yv, n * c // chunks, n * (c + 1) // chunks)
+
+
+# ---- elementwise layers
+
+def relu(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y):
+    """y[:] = max(x, 0)."""
+    same_shape(x, y)
+    cdef:
+        Shape s = shape_of(x, 16 * x.shape[0])
+        View[floating] xv = view(x), yv = view(y)  # OUT y
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.relu(s, xv, yv, n * c // chunks, n * (c + 1) // chunks)
+
+
+def relu_backward(floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy, floating[:, :, :, :, :] dx):
+    """dx[:] = dy where y > 0, else 0."""
+    same_shape(y, dy)
+    same_shape(y, dx)
+    cdef:
+        Shape s = shape_of(y, 16 * y.shape[0])
+        View[floating] yv = view(y), gv = view(dy), dv = view(dx)  # OUT dx
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.relu_backward(s, yv, gv, dv, n * c // chunks, n * (c + 1) // chunks)
+
+
+def add(floating[:, :, :, :, :] a, floating[:, :, :, :, :] b, floating[:, :, :, :, :] y):
+    """y[:] = a + b; y may be a or b."""
+    same_shape(a, b)
+    same_shape(a, y)
+    cdef:
+        Shape s = shape_of(a, 16 * a.shape[0])
+        View[floating] av = view(a), bv = view(b), yv = view(y)  # OUT y
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.add(s, av, bv, yv, n * c // chunks, n * (c + 1) // chunks)
+
+
+def dropout(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, double keep, uint64_t seed):
+    """y[:] = x / keep where the element's random number, a hash of its place and the seed, is below keep, else 0."""
+    same_shape(x, y)
+    cdef:
+        Shape s = shape_of(x, 16 * x.shape[0])
+        View[floating] xv = view(x), yv = view(y)  # OUT y
+        long n = s.blocks * s.channels, c
+        int threads = team(n, 4 * size(s))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.dropout(s, xv, yv, keep, seed, n * c // chunks, n * (c + 1) // chunks)
+
+
+# ---- batch norm, bias
+
+def batch_norm(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, long images,
+               const floating[::1] gamma, const floating[::1] beta, floating[::1] mean, floating[::1] var,
+               double eps, bint training, bint relu, floating[:, :, :, :, :] add=None):
+    """y[:] = gamma (x - mean) / sqrt(var + eps) + beta + add, then ReLU if `relu`.
+
+    training: mean and var are those of the batch, biased, and are written; else they are read.
+    """
+    same_shape(x, y)
+    cdef:
+        BatchNorm[floating] a
+        long n = x.shape[1], c
+        int threads
+        long chunks
+    same_length("gamma", gamma.shape[0], n)
+    same_length("beta", beta.shape[0], n)
+    same_length("mean", mean.shape[0], n)
+    same_length("var", var.shape[0], n)
+    a.shape = shape_of(x, images)
+    a.x, a.y = view(x), view(y)  # OUT y
+    a.add.data = NULL
+    if add is not None:
+        same_shape(x, add)
+        a.add = view(add)
+    a.gamma, a.beta, a.eps, a.training, a.relu = &gamma[0], &beta[0], eps, training, relu
+    a.mean, a.var = &mean[0], &var[0]  # OUT if training
+    threads = team(n, size(a.shape))
+    chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.batch_norm(&a, n * c // chunks, n * (c + 1) // chunks)
+
+
+def batch_norm_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
+                        floating[:, :, :, :, :] dx, long images, const floating[::1] gamma,
+                        floating[::1] mean, floating[::1] var, floating[::1] dgamma, floating[::1] dbeta,
+                        double eps, bint training, bint relu, floating[:, :, :, :, :] dadd=None):
+    """Gradients of batch_norm(): writes dx, and dadd if given; adds to dgamma and dbeta. y is read if `relu`."""
+    same_shape(x, dy)
+    same_shape(x, dx)
+    cdef:
+        BatchNorm[floating] a
+        long n = x.shape[1], c
+        int threads
+        long chunks
+    same_length("gamma", gamma.shape[0], n)
+    same_length("mean", mean.shape[0], n)
+    same_length("var", var.shape[0], n)
+    same_length("dgamma", dgamma.shape[0], n)
+    same_length("dbeta", dbeta.shape[0], n)
+    a.shape = shape_of(x, images)
+    a.x, a.dy, a.dx = view(x), view(dy), view(dx)  # OUT dx
+    if relu:
+        same_shape(x, y)
+        a.y = view(y)
+    a.dadd.data = NULL
+    if dadd is not None:
+        same_shape(x, dadd)
+        a.dadd = view(dadd)  # OUT
+    a.gamma, a.mean, a.var, a.eps, a.training, a.relu = &gamma[0], &mean[0], &var[0], eps, training, relu
+    a.dgamma, a.dbeta = &dgamma[0], &dbeta[0]  # OUT
+    threads = team(n, size(a.shape))
+    chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.batch_norm_backward(&a, n * c // chunks, n * (c + 1) // chunks)
+
+
+def bias_grad(floating[:, :, :, :, :] dy, floating[::1] db, bint accumulate):
+    """db[c] = (db[c] if accumulate) + the sum of dy over channel c."""
+    cdef:
+        Shape s = shape_of(dy, 16 * dy.shape[0])
+        View[floating] g = view(dy)
+        floating *p = &db[0]  # OUT
+        long n = s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    same_length("db", db.shape[0], n)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.bias_grad(s, g, p, accumulate, n * c // chunks, n * (c + 1) // chunks)
+
+
+# ---- pooling
+
+cdef Windows windows(const int32_t[:, ::1] w, long outputs) except *:
+    if w.shape[0] != 3 or w.shape[1] != outputs:
+        raise ValueError(f"windows have shape {tuple(w.shape)[:2]}, must be (3, {outputs})")
+    cdef Windows v
+    v.begin, v.end, v.divisor = &w[0, 0], &w[1, 0], &w[2, 0]
+    return v
+
+
+def max_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
+             const int32_t[:, ::1] h, const int32_t[:, ::1] w):
+    """y[:] = the maximum of x over each window; rows of h and w: begin, end, divisor."""
+    cdef:
+        Shape xs = shape_of(x, 16 * x.shape[0]), ys = shape_of(y, 16 * x.shape[0])
+        View[floating] xv = view(x), yv = view(y)  # OUT y
+        Windows hw = windows(h, ys.height), ww = windows(w, ys.width)
+        long n = xs.blocks * xs.channels, c
+        int threads = team(n, size(xs))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.max_pool(xs, ys, xv, yv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
+
+
+def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
+                      floating[:, :, :, :, :] dx, const int32_t[:, ::1] h, const int32_t[:, ::1] w):
+    """dx[:] = the gradients of the windows at their first maximum."""
+    same_shape(x, dx)
+    same_shape(y, dy)
+    cdef:
+        Shape xs = shape_of(x, 16 * x.shape[0]), ys = shape_of(y, 16 * x.shape[0])
+        View[floating] xv = view(x), yv = view(y), gv = view(dy), dv = view(dx)  # OUT dx
+        Windows hw = windows(h, ys.height), ww = windows(w, ys.width)
+        long n = xs.blocks * xs.channels, c
+        int threads = team(n, size(xs))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.max_pool_backward(xs, ys, xv, yv, gv, dv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
+
+
+def avg_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
+             const int32_t[:, ::1] h, const int32_t[:, ::1] w):
+    """y[:] = the sum of x over each window, divided by both its divisors."""
+    cdef:
+        Shape s = shape_of(y, 16 * y.shape[0])
+        View[floating] xv = view(x), yv = view(y)  # OUT y
+        Windows hw = windows(h, s.height), ww = windows(w, s.width)
+        long n = s.blocks * s.channels, c
+        int threads = team(n, <double>n * x.shape[2] * x.shape[3] * 16)
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.avg_pool(s, xv, yv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
+
+
+def avg_pool_backward(floating[:, :, :, :, :] dy, floating[:, :, :, :, :] dx,
+                      const int32_t[:, ::1] h, const int32_t[:, ::1] w):
+    """dx[:] = the gradients of the windows, divided by both their divisors."""
+    cdef:
+        Shape xs = shape_of(dx, 16 * dx.shape[0]), ys = shape_of(dy, 16 * dx.shape[0])
+        View[floating] gv = view(dy), dv = view(dx)  # OUT dx
+        Windows hw = windows(h, ys.height), ww = windows(w, ys.width)
+        long n = xs.blocks * xs.channels, c
+        int threads = team(n, size(xs))
+        long chunks = chunks_of(n, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.avg_pool_backward(xs, ys, gv, dv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
+
+
+# ---- products with stored weights
+
+cdef class Plan:
+    """How one product of stored weights with blocked arrays runs; ops.py builds it.
+
+    offsets int32: elements from a position of x to what an entry reads, then 3 numbers of padding.
+    segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
+    first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
+    (block, channel, row) each, that the offsets and the tiling were made for.
+    order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
+    x_pixels, y_pixels: rows and columns of x and y from one position to the next; x_origin, y_origin: the
+    pixel of the first position.
+    """
+    cdef:
+        readonly object segments, tile, order, chunks
+        const int32_t[::1] _offsets, _chunks, _first_value
+        const int32_t[:, ::1] _segments
+        long rows, rows_at_once, n_values, parts, n_tiles, n_chunks
+        long extent[3]
+        long _tile[3]
+        long x_step[3]
+        long y_step[3]
+        long x_strides[3]
+        long y_strides[3]
+        long y_origin
+        double work
+
+    def __init__(self, *, const int32_t[::1] offsets, const int32_t[:, ::1] segments, const int32_t[::1] chunks,
+                 const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
+                 y_origin, long rows, long rows_at_once, long n_values, long parts, double work):
+        cdef int i
+        self.segments, self.chunks, self.tile, self.order = segments, chunks, tuple(tile), tuple(order)
+        self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
+        self.rows, self.rows_at_once, self.n_values, self.parts = rows, rows_at_once, n_values, parts
+        self.n_chunks, self.work = chunks.shape[0] - 1, work
+        x_step = x_strides[0], x_strides[2] * x_pixels[0], 16 * x_pixels[1]
+        y_step = y_strides[0], y_strides[2] * y_pixels[0], 16 * y_pixels[1]
+        self.y_origin = y_strides[2] * y_origin[0] + 16 * y_origin[1]
+        self.n_tiles = 1
+        for i in range(3):
+            self.x_strides[i], self.y_strides[i] = x_strides[i], y_strides[i]
+            self.extent[i], self._tile[i] = extent[i], tile[i]
+            self.x_step[i], self.y_step[i] = x_step[order[i]], y_step[order[i]]
+            self.n_tiles *= (self.extent[i] + self._tile[i] - 1) // self._tile[i]
+
+    @property
+    def n_tasks(self):
+        """Tasks that the product is cut into, the same for any number of threads."""
+        return self.n_tiles * self.n_chunks
+
+
+cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y) except *:
+    cdef:
+        Product[floating] a
+        View[floating] xv = view(x), yv = view(y)
+        int i
+    for i in range(3):  # NumPy exports any stride for an axis of length 1
+        if (x.shape[i] > 1 and x.strides[i] != p.x_strides[i] * <long>sizeof(floating)
+                or y.shape[i] > 1 and y.strides[i] != p.y_strides[i] * <long>sizeof(floating)):
+            raise ValueError("the plan was made for arrays with other strides")
+    a.x, a.y, a.y_channel = xv.data, yv.data + p.y_origin, yv.channel
+    a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
+    a.rows, a.rows_at_once, a.n_values, a.parts = p.rows, p.rows_at_once, p.n_values, p.parts
+    a.first_value = &p._first_value[0] if p._first_value is not None else NULL
+    for i in range(3):
+        a.extent[i], a.tile[i], a.x_step[i], a.y_step[i] = p.extent[i], p._tile[i], p.x_step[i], p.y_step[i]
+    return a
+
+
+# Buffers for the unfinished sums of tiles and for partial gradients, kept for the next call.
+_scratch = []
+
+
+cdef floating[::1] borrow(long n, floating example):
+    """At least n elements, aligned to 64 bytes."""
+    cdef long wanted = n * sizeof(floating) + 64
+    raw = _scratch.pop() if _scratch else np.empty(0, np.uint8)
+    if raw.size < wanted:
+        raw = np.empty(wanted, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + n * sizeof(floating)].view(np.float32 if floating is float else np.float64)
+
+
+def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
+         floating[:, :, :, :, :] y):
+    """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]]; bias may be None."""
+    cdef:
+        Product[floating] a = product(plan, x, y)  # OUT y
+        long n = plan.n_tiles * plan.n_chunks, i
+        int threads = team(n, plan.work / 8)
+        long each = (plan.rows + plan.rows_at_once) * plan._tile[1] * plan._tile[2] * 16
+        floating[::1] scratch = borrow(each * threads, <floating>0)
+        floating *s = &scratch[0]
+    same_length("values", values.shape[0], plan.n_values)
+    if bias is not None:
+        same_length("bias", bias.shape[0], plan.rows)
+    a.values = &values[0] if plan.n_values else NULL
+    a.bias = &bias[0] if bias is not None else NULL
+    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.spmm(&a, i, s + each * threadid())
+    _scratch.append(scratch.base.base)
+
+
+def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[::1] grad, bint accumulate):
+    """grad[e] = (grad[e] if accumulate) + the sum over positions p of dy[row(e), p] x[p + offsets[e]]."""
+    cdef:
+        Product[floating] a = product(plan, x, dy)
+        long tasks = plan.n_chunks * plan.parts, n = plan.n_values, i, c
+        int threads = team(tasks, plan.work / 8)
+        bint direct = plan.parts == 1 and not accumulate
+        floating[::1] parts
+        floating *p
+        floating *g
+        long chunks
+    same_length("grad", grad.shape[0], n)
+    if n == 0:
+        return
+    g = &grad[0]  # OUT
+    if not direct:
+        parts = borrow(n * plan.parts, <floating>0)
+    p = g if direct else &parts[0]
+    a.dvalues = p
+    for i in prange(tasks, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.sddmm(&a, i)
+    if not direct:
+        threads = team(2, <double>n * plan.parts)
+        chunks = chunks_of(n, threads)
+        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, a.parts, p, g, accumulate)
+        _scratch.append(parts.base.base)
+
+
+def pack_values(const floating[::1] weights, const int32_t[::1] source, long rows, long n_rows, long row_step,
+                floating[::1] values):
+    """values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows."""
+    cdef:
+        long entries = source.shape[0], n = entries * ((n_rows + rows - 1) // rows), c
+        int threads = team(2, <double>n * rows)
+        long chunks = chunks_of(n, threads)
+        const floating *w
+        const int32_t *from_
+        floating *v
+    same_length("values", values.shape[0], n * rows)
+    if n == 0:
+        return
+    w, from_, v = &weights[0], &source[0], &values[0]  # OUT values
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.pack_values(n * c // chunks, n * (c + 1) // chunks, entries, rows, n_rows, row_step, from_, w, v)
+
+
+# ---- loss and optimisers
+
+def cross_entropy(const floating[:, ::1] logits, const int64_t[::1] labels, double smoothing,
+                  double[::1] loss, floating[:, ::1] gradient):
+    """loss[i] of row i of logits (n, classes), and the gradient of the mean loss. Labels are trusted."""
+    cdef:
+        long n = logits.shape[0], classes = logits.shape[1], c
+        int threads = team(n, <double>n * classes * 8)
+        long chunks = chunks_of(n, threads)
+        const floating *z = &logits[0, 0]
+        const int64_t *k = &labels[0]
+        double *out = &loss[0]  # OUT
+        floating *g = &gradient[0, 0]  # OUT
+    same_length("labels", labels.shape[0], n)
+    same_length("loss", loss.shape[0], n)
+    same_length("gradient", gradient.shape[0] * gradient.shape[1], n * classes)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.cross_entropy(n * c // chunks, n * (c + 1) // chunks, n, classes, smoothing, z, k, out, g)
+
+
+def sgd_step(floating[::1] data, const floating[::1] grad, floating[::1] buffer, double lr, double momentum,
+             bint nesterov, double weight_decay, bint first):
+    """One step of SGD in place on data and buffer (None without momentum); first: buffer = grad."""
+    cdef:
+        long n = data.shape[0], c
+        int threads = team(n, n)
+        long chunks = chunks_of(n, threads)
+        floating *d
+        const floating *g
+        floating *b = NULL
+    same_length("grad", grad.shape[0], n)
+    if n == 0:
+        return
+    d, g = &data[0], &grad[0]  # OUT data
+    if buffer is not None:
+        same_length("buffer", buffer.shape[0], n)
+        b = &buffer[0]  # OUT
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.sgd(n * c // chunks, n * (c + 1) // chunks, d, g, b, lr, momentum, nesterov, weight_decay, first)
+
+
+def adam_step(floating[::1] data, const floating[::1] grad, floating[::1] m, floating[::1] v, long step, double lr,
+              double beta1, double beta2, double eps, double weight_decay, bint decoupled):
+    """One step of Adam (AdamW if decoupled) in place on data, m and v; step counts from 1."""
+    cdef:
+        long n = data.shape[0], c
+        int threads = team(n, n)
+        long chunks = chunks_of(n, threads)
+        floating *d
+        const floating *g
+        floating *mp
+        floating *vp
+    same_length("grad", grad.shape[0], n)
+    same_length("m", m.shape[0], n)
+    same_length("v", v.shape[0], n)
+    if n == 0:
+        return
+    d, g, mp, vp = &data[0], &grad[0], &m[0], &v[0]  # OUT data, m, v
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.adam(n * c // chunks, n * (c + 1) // chunks, d, g, mp, vp, step, lr, beta1, beta2, eps, weight_decay,
+                     decoupled)

@@ -1,0 +1,42 @@
+// Every kernel, compiled once per instruction set: setup.py passes -DISA=<name> and that set's flags.
+// Only C headers: an inline function of the C++ library could be linked from this copy into baseline code.
+#include <math.h>
+#include "kernels.hh"
+
+#if defined(__AVX512F__)
+#define VEC_BYTES 64
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define VEC_BYTES 32
+#define REGISTERS 16
+#elif defined(__aarch64__)
+#define VEC_BYTES 16
+#define REGISTERS 32
+#else
+#define VEC_BYTES 16
+#define REGISTERS 16
+#endif
+
+namespace {  // internal linkage: one build's code must never be shared with another
+#include "vec.hh"
+#include "product.hh"
+#include "elementwise.hh"
+#include "norm.hh"
+#include "pool.hh"
+#include "loss.hh"
+#include "optim.hh"
+
+template <class T> constexpr Kernels<T> kernels = {
+    .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_values = pack_values<T>,
+    .batch_norm = batch_norm<T>, .batch_norm_backward = batch_norm_backward<T>, .bias_grad = bias_grad<T>,
+    .relu = relu<T>, .relu_backward = relu_backward<T>, .add = add<T>, .copy = copy<T>, .dropout = dropout<T>,
+    .max_pool = max_pool<T>, .max_pool_backward = max_pool_backward<T>,
+    .avg_pool = avg_pool<T>, .avg_pool_backward = avg_pool_backward<T>,
+    .to_blocked = to_blocked<T>, .from_blocked = from_blocked<T>,
+    .cross_entropy = cross_entropy<T>, .sgd = sgd<T>, .adam = adam<T>};
+}  // namespace
+
+namespace ISA {
+extern const Build build;
+const Build build = {MAX_TILE, MAX_GRADIENT_TILE, MAX_DENSE_TILE, kernels<float>, kernels<double>};
+}  // namespace ISA

@@ -1,0 +1,115 @@
+// The kernel contract: what every instruction-set build provides.
+//
+// A kernel is single-threaded, allocates nothing and checks nothing; it does one task, or the half-open
+// range [begin, end) of planes, channels or elements. Shapes, dtypes and threads are core.pyx's job.
+// No result depends on how the tasks or ranges are cut, so none depends on the number of threads.
+#pragma once
+#include <cstdint>
+
+// A blocked array (blocks, channels, height, width, 16): strides in elements, pixels 16 apart.
+template <class T> struct View {
+    T *data;
+    long block, channel, row;
+};
+struct Shape {
+    long blocks, channels, height, width;
+    long images;  // at most 16 * blocks; the lanes past it are padding
+};
+
+// The stored weights that some rows (output channels) of a layer have in one group of input channels.
+struct Segment {
+    int32_t row;    // the first of the rows
+    int32_t entry;  // offsets[entry] and the next count - 1 say where the weights read x
+    int32_t count;
+    int32_t value;  // values[value + rows * e + r] is the weight of entry e in row r
+    int32_t flags;  // FIRST, LAST
+};
+enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
+
+// A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
+// Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into
+// tiles of 1 x tile[1] x tile[2] positions that are held in registers.
+template <class T> struct Product {
+    const T *x;
+    T *y;
+    const int32_t *offsets;
+    const Segment *segments;
+    const int32_t *chunks;  // the segments of chunk c are chunks[c] to chunks[c + 1]
+    long rows;              // all output channels
+    long rows_at_once;      // of a segment
+    long extent[3], tile[3], x_step[3], y_step[3];
+    long y_channel;
+    const T *values;
+    const T *bias;           // or null
+    T *dvalues;              // sddmm: parts arrays of n_values partial gradients
+    const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
+    long n_values, parts;
+};
+
+// Batch norm over one channel: y = relu(gamma (x - mean) / sqrt(var + eps) + beta + add), add and relu optional.
+template <class T> struct BatchNorm {
+    Shape shape;
+    View<T> x, y, add, dy, dx, dadd;  // add.data, dadd.data: null if there is none
+    const T *gamma, *beta;
+    T *mean, *var;  // of the batch, biased (written by forward if training), or the running ones
+    T *dgamma, *dbeta;
+    double eps;
+    bool training, relu;
+};
+
+// Windows of a pooling layer along one axis: output o covers the inputs [begin[o], end[o]).
+struct Windows {
+    const int32_t *begin, *end, *divisor;
+};
+
+template <class T> struct Kernels {
+    // One task is one tile of one chunk of rows; scratch holds rows * tile[1] * tile[2] * 16 elements.
+    void (*spmm)(const Product<T> *, long task, T *scratch);
+    // dvalues[e] = sum over positions p of dy[row(e), p] x[p + offsets[e]], dy being Product::y.
+    // One task is one chunk of rows over one of `parts` runs of tiles.
+    void (*sddmm)(const Product<T> *, long task);
+    // grad[i] (+)= sum over parts of dvalues[part * n + i]
+    void (*add_parts)(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate);
+    // values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows
+    void (*pack_values)(long begin, long end, long entries, long rows, long n_rows, long row_step,
+                        const int32_t *source, const T *weights, T *values);
+
+    void (*batch_norm)(const BatchNorm<T> *, long begin, long end);
+    void (*batch_norm_backward)(const BatchNorm<T> *, long begin, long end);
+    // db[c] (+)= sum of dy over the channel
+    void (*bias_grad)(Shape, View<T> dy, T *db, bool accumulate, long begin, long end);
+
+    void (*relu)(Shape, View<T> x, View<T> y, long begin, long end);
+    void (*relu_backward)(Shape, View<T> y, View<T> dy, View<T> dx, long begin, long end);
+    void (*add)(Shape, View<T> a, View<T> b, View<T> y, long begin, long end);
+    void (*copy)(Shape, View<T> x, View<T> y, long begin, long end);
+    // y = x / keep where the counter-based random number of the element is below keep, else 0
+    void (*dropout)(Shape, View<T> x, View<T> y, double keep, uint64_t seed, long begin, long end);
+
+    void (*max_pool)(Shape x_shape, Shape y_shape, View<T> x, View<T> y, Windows h, Windows w, long begin, long end);
+    void (*max_pool_backward)(Shape x_shape, Shape y_shape, View<T> x, View<T> y, View<T> dy, View<T> dx, Windows h,
+                              Windows w, long begin, long end);
+    void (*avg_pool)(Shape y_shape, View<T> x, View<T> y, Windows h, Windows w, long begin, long end);
+    void (*avg_pool_backward)(Shape x_shape, Shape y_shape, View<T> dy, View<T> dx, Windows h, Windows w, long begin,
+                              long end);
+
+    // (images, channels, height, width) contiguous to blocked, padding lanes 0, and back
+    void (*to_blocked)(Shape, const T *x, View<T> y, long begin, long end);
+    void (*from_blocked)(Shape, View<T> x, T *y, long begin, long end);
+
+    // Rows of logits: loss[i], and the gradient of the mean loss over n rows
+    void (*cross_entropy)(long begin, long end, long n, long classes, double smoothing, const T *logits,
+                          const int64_t *labels, double *loss, T *gradient);
+    void (*sgd)(long begin, long end, T *data, const T *grad, T *buffer, double lr, double momentum, bool nesterov,
+                double weight_decay, bool first);
+    void (*adam)(long begin, long end, T *data, const T *grad, T *m, T *v, long step, double lr, double beta1,
+                 double beta2, double eps, double weight_decay, bool decoupled);
+};
+
+// One instruction set's build of every kernel, and how many positions a tile may have in spmm with one
+// row at once, in sddmm, and in spmm with several rows at once.
+struct Build {
+    int max_tile, max_gradient_tile, max_dense_tile;
+    Kernels<float> f32;
+    Kernels<double> f64;
+};

@@ -1,0 +1,75 @@
+"""The kernels as Cython sees them: dispatch.hh forwards each to the build in use. T is deduced."""
+from libc.stdint cimport int32_t, int64_t, uint64_t
+
+cdef extern from "dispatch.hh" nogil:
+    ctypedef struct Build:
+        int max_tile, max_gradient_tile, max_dense_tile
+    ctypedef struct Isa:
+        const char *name
+        const Build *build
+        bint supported
+    const Isa isas[]
+    int n_isas
+    void use(const Build *)
+
+    cppclass View[T]:
+        T *data
+        long block, channel, row
+    ctypedef struct Shape:
+        long blocks, channels, height, width, images
+    ctypedef struct Segment:
+        pass
+    cppclass Product[T]:
+        const T *x
+        T *y
+        const int32_t *offsets
+        const Segment *segments
+        const int32_t *chunks
+        long rows, rows_at_once
+        long extent[3]
+        long tile[3]
+        long x_step[3]
+        long y_step[3]
+        long y_channel
+        const T *values
+        const T *bias
+        T *dvalues
+        const int32_t *first_value
+        long n_values, parts
+    cppclass BatchNorm[T]:
+        Shape shape
+        View[T] x, y, add, dy, dx, dadd
+        const T *gamma
+        const T *beta
+        T *mean
+        T *var
+        T *dgamma
+        T *dbeta
+        double eps
+        bint training, relu
+    ctypedef struct Windows:
+        const int32_t *begin
+        const int32_t *end
+        const int32_t *divisor
+
+    void spmm[T](const Product[T] *, long, T *)
+    void sddmm[T](const Product[T] *, long)
+    void add_parts[T](long, long, long, long, const T *, T *, bint)
+    void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
+    void batch_norm[T](const BatchNorm[T] *, long, long)
+    void batch_norm_backward[T](const BatchNorm[T] *, long, long)
+    void bias_grad[T](Shape, View[T], T *, bint, long, long)
+    void relu[T](Shape, View[T], View[T], long, long)
+    void relu_backward[T](Shape, View[T], View[T], View[T], long, long)
+    void add[T](Shape, View[T], View[T], View[T], long, long)
+    void copy[T](Shape, View[T], View[T], long, long)
+    void dropout[T](Shape, View[T], View[T], double, uint64_t, long, long)
+    void max_pool[T](Shape, Shape, View[T], View[T], Windows, Windows, long, long)
+    void max_pool_backward[T](Shape, Shape, View[T], View[T], View[T], View[T], Windows, Windows, long, long)
+    void avg_pool[T](Shape, View[T], View[T], Windows, Windows, long, long)
+    void avg_pool_backward[T](Shape, Shape, View[T], View[T], Windows, Windows, long, long)
+    void to_blocked[T](Shape, const T *, View[T], long, long)
+    void from_blocked[T](Shape, View[T], T *, long, long)
+    void cross_entropy[T](long, long, long, long, double, const T *, const int64_t *, double *, T *)
+    void sgd[T](long, long, T *, const T *, T *, double, double, bint, double, bint)
+    void adam[T](long, long, T *, const T *, T *, T *, long, double, double, double, double, double, bint)

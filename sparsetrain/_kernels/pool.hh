@@ -1,0 +1,82 @@
+// Max and average pooling. A window is where it lies inside the image; padding is never read.
+
+// The first maximum wins, NaN beats all, as in PyTorch.
+template <class T>
+void max_pool(Shape, Shape ys, View<T> x, View<T> y, Windows h, Windows w, long begin, long end) {
+    FlushToZero flush;
+    for_rows(ys, begin, end, [&](long b, long c, long oh) {
+        T *out = pixel_row(y, b, c, oh);
+        for (long ow = 0; ow < ys.width; ow++)
+            for (long lane = 0; lane < IMAGES; lane += Vec<T>::lanes) {
+                V<T> best = load(pixel_row(x, b, c, h.begin[oh]) + w.begin[ow] * IMAGES + lane);
+                for (long i = h.begin[oh]; i < h.end[oh]; i++)
+                    for (long j = w.begin[ow]; j < w.end[ow]; j++) {
+                        const V<T> v = load(pixel_row(x, b, c, i) + j * IMAGES + lane);
+                        best = (best >= v) | (best != best) ? best : v;
+                    }
+                store(out + ow * IMAGES + lane, best);
+            }
+    });
+}
+
+// The maximum is found again instead of remembered: the window is read once more, no index array is kept.
+template <class T>
+void max_pool_backward(Shape xs, Shape ys, View<T> x, View<T> y, View<T> dy, View<T> dx, Windows h, Windows w,
+                       long begin, long end) {
+    FlushToZero flush;
+    for (long plane = begin; plane < end; plane++) {
+        const long b = plane / xs.channels, c = plane % xs.channels;
+        for (long i = 0; i < xs.height; i++)
+            __builtin_memset(pixel_row(dx, b, c, i), 0, xs.width * IMAGES * sizeof(T));
+        for (long oh = 0; oh < ys.height; oh++)
+            for (long ow = 0; ow < ys.width; ow++)
+                for (long lane = 0; lane < IMAGES; lane += Vec<T>::lanes) {
+                    const V<T> best = load(pixel_row(y, b, c, oh) + ow * IMAGES + lane);
+                    V<T> g = load(pixel_row(dy, b, c, oh) + ow * IMAGES + lane);
+                    for (long i = h.begin[oh]; i < h.end[oh]; i++)
+                        for (long j = w.begin[ow]; j < w.end[ow]; j++) {
+                            const V<T> v = load(pixel_row(x, b, c, i) + j * IMAGES + lane);
+                            T *d = pixel_row(dx, b, c, i) + j * IMAGES + lane;
+                            const auto hit = (v == best) | ((v != v) & (best != best));
+                            store(d, load(d) + (hit ? g : V<T>{}));
+                            g = hit ? V<T>{} : g;
+                        }
+                }
+    }
+}
+
+template <class T> void avg_pool(Shape ys, View<T> x, View<T> y, Windows h, Windows w, long begin, long end) {
+    FlushToZero flush;
+    for_rows(ys, begin, end, [&](long b, long c, long oh) {
+        T *out = pixel_row(y, b, c, oh);
+        for (long ow = 0; ow < ys.width; ow++)
+            for (long lane = 0; lane < IMAGES; lane += Vec<T>::lanes) {
+                V<T> total{};
+                for (long i = h.begin[oh]; i < h.end[oh]; i++)
+                    for (long j = w.begin[ow]; j < w.end[ow]; j++)
+                        total += load(pixel_row(x, b, c, i) + j * IMAGES + lane);
+                store(out + ow * IMAGES + lane, total / T((long)h.divisor[oh] * w.divisor[ow]));
+            }
+    });
+}
+
+template <class T>
+void avg_pool_backward(Shape xs, Shape ys, View<T> dy, View<T> dx, Windows h, Windows w, long begin, long end) {
+    FlushToZero flush;
+    for (long plane = begin; plane < end; plane++) {
+        const long b = plane / xs.channels, c = plane % xs.channels;
+        for (long i = 0; i < xs.height; i++)
+            __builtin_memset(pixel_row(dx, b, c, i), 0, xs.width * IMAGES * sizeof(T));
+        for (long oh = 0; oh < ys.height; oh++)
+            for (long ow = 0; ow < ys.width; ow++)
+                for (long lane = 0; lane < IMAGES; lane += Vec<T>::lanes) {
+                    const V<T> g = load(pixel_row(dy, b, c, oh) + ow * IMAGES + lane)
+                                   / T((long)h.divisor[oh] * w.divisor[ow]);
+                    for (long i = h.begin[oh]; i < h.end[oh]; i++)
+                        for (long j = w.begin[ow]; j < w.end[ow]; j++) {
+                            T *d = pixel_row(dx, b, c, i) + j * IMAGES + lane;
+                            store(d, load(d) + g);
+                        }
+                }
+    }
+}

@@ -1,0 +1,185 @@
+// Stored weights times a blocked array (spmm), and the gradient of the stored weights (sddmm).
+//
+// Every layer and every pass is one of these two. A tile of R x W positions of 16 images stays in
+// registers while the weights of a row stream by; each weight is one offset and one value, so the
+// pattern of zeros, the kernel size, stride, padding, dilation and groups never reach this file.
+// Source: SparseProp, arXiv 2302.04852, section 3 (the batch as the vector); it reloads and stores the
+// output for every weight, here a group of input channels is met between load and store.
+
+constexpr int ROWS_AT_ONCE = 4;              // of a dense layer
+constexpr int MAX_TILE = REGISTERS - 4;      // positions of a tile, one register each
+constexpr int MAX_GRADIENT_TILE = REGISTERS - 8;
+constexpr int MAX_DENSE_TILE = (REGISTERS - 6) / ROWS_AT_ONCE;
+constexpr int MAX_R = 4, MAX_W = 16;         // of any tile
+
+// X_STEP is the distance between two columns of x where it is known when compiling (16), else 0.
+template <int U, int R, int W, int X_STEP, class T>
+void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment *s, const Segment *end) {
+    constexpr int L = Vec<T>::lanes;
+    const long x_row = a.x_step[1], x_col = X_STEP ? X_STEP : a.x_step[2];
+    for (; s < end; s++)
+        for (long lane = 0; lane < IMAGES; lane += L) {
+            V<T> acc[U][R][W];
+            T *part = scratch + s->row * (R * W * IMAGES) + lane;
+            const int32_t *offset = a.offsets + s->entry, *stop = offset + s->count;
+            const T *value = a.values + s->value, *xl = x + lane;
+            if (s->flags & FIRST) {
+                UNROLL for (int u = 0; u < U; u++) {
+                    const V<T> b = splat(a.bias && s->row + u < a.rows ? a.bias[s->row + u] : T(0));
+                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = b;
+                }
+            } else {
+                UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = load(part + ((u * R + r) * W + w) * IMAGES);
+            }
+            for (; offset < stop; offset++, value += U) {
+                const T *p = xl + *offset;
+                V<T> weight[U];
+                UNROLL for (int u = 0; u < U; u++) weight[u] = splat(value[u]);
+                UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++) {
+                    const V<T> xv = load(p + r * x_row + w * x_col);
+                    UNROLL for (int u = 0; u < U; u++) acc[u][r][w] += weight[u] * xv;
+                }
+            }
+            if (s->flags & LAST) {
+                UNROLL for (int u = 0; u < U; u++) if (U == 1 || s->row + u < a.rows) {
+                    T *out = y + (s->row + u) * a.y_channel + lane;
+                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
+                        store(out + r * a.y_step[1] + w * a.y_step[2], acc[u][r][w]);
+                }
+            } else {
+                UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int w = 0; w < W; w++) store(part + ((u * R + r) * W + w) * IMAGES, acc[u][r][w]);
+            }
+        }
+}
+
+// Four weights at a time, so that their sums over the lanes are formed together.
+template <int R, int W, int X_STEP, class T>
+void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const Segment *s, const Segment *end) {
+    constexpr int L = Vec<T>::lanes;
+    const long x_row = a.x_step[1], x_col = X_STEP ? X_STEP : a.x_step[2];
+    for (; s < end; s++)
+        for (long lane = 0; lane < IMAGES; lane += L) {
+            V<T> g[R][W];
+            const T *in = dy + s->row * a.y_channel + lane, *xl = x + lane;
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
+                g[r][w] = load(in + r * a.y_step[1] + w * a.y_step[2]);
+            const int32_t *offset = a.offsets + s->entry;
+            T *dv = dvalues + s->value;
+            // The last four may run past the segment: their offsets are some other weight's, or the
+            // padding at the end of `offsets`, and so within x; their sums are dropped.
+            for (int32_t left = s->count; left > 0; left -= 4, offset += 4, dv += 4) {
+                V<T> acc[4];
+                UNROLL for (int q = 0; q < 4; q++) {
+                    const T *p = xl + offset[q];
+                    acc[q] = V<T>{};
+                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
+                        acc[q] += g[r][w] * load(p + r * x_row + w * x_col);
+                }
+                T total[4];
+                sums<T, L, 4>(acc, total);
+                if (left >= 4) {
+                    UNROLL for (int q = 0; q < 4; q++) dv[q] += total[q];
+                } else {
+                    for (int q = 0; q < left; q++) dv[q] += total[q];
+                }
+            }
+        }
+}
+
+template <class T> using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *);
+template <class T> using SddmmTile = void (*)(const Product<T> &, const T *, const T *, T *, const Segment *, const Segment *);
+
+// Which tiles are compiled: all that the registers hold, up to R rows of 8 columns, or two longer rows.
+constexpr bool has_tile(int r, int w, int limit) { return r * w <= limit && (w <= 8 || r <= 2); }
+
+template <class T> struct Tiles {
+    SpmmTile<T> sparse[MAX_R][MAX_W][2] = {}, dense[MAX_R][MAX_W][2] = {};
+    SddmmTile<T> gradient[MAX_R][MAX_W][2] = {};
+
+    template <int R, int W> constexpr void fill() {
+        if constexpr (has_tile(R, W, MAX_TILE)) {
+            sparse[R - 1][W - 1][0] = spmm_tile<1, R, W, 0, T>;
+            sparse[R - 1][W - 1][1] = spmm_tile<1, R, W, IMAGES, T>;
+        }
+        if constexpr (has_tile(R, W, MAX_GRADIENT_TILE)) {
+            gradient[R - 1][W - 1][0] = sddmm_tile<R, W, 0, T>;
+            gradient[R - 1][W - 1][1] = sddmm_tile<R, W, IMAGES, T>;
+        }
+        if constexpr (has_tile(R, W, MAX_DENSE_TILE)) {
+            dense[R - 1][W - 1][0] = spmm_tile<ROWS_AT_ONCE, R, W, 0, T>;
+            dense[R - 1][W - 1][1] = spmm_tile<ROWS_AT_ONCE, R, W, IMAGES, T>;
+        }
+        if constexpr (W < MAX_W) fill<R, W + 1>();
+        else if constexpr (R < MAX_R) fill<R + 1, 1>();
+    }
+    constexpr Tiles() { fill<1, 1>(); }
+};
+template <class T> constexpr Tiles<T> tiles;
+
+// The tile with this number: its first position and its size on each axis. Sizes differ by at most one.
+struct Tile { long first[3], size[3]; };
+template <class T> INLINE Tile cut(const Product<T> &a, long number) {
+    Tile t;
+    for (int i = 2; i >= 0; i--) {
+        const long cuts = (a.extent[i] + a.tile[i] - 1) / a.tile[i], c = number % cuts;
+        number /= cuts;
+        t.first[i] = c * a.extent[i] / cuts;
+        t.size[i] = (c + 1) * a.extent[i] / cuts - t.first[i];
+    }
+    return t;
+}
+template <class T> INLINE long n_tiles(const Product<T> &a) {
+    long n = 1;
+    for (int i = 0; i < 3; i++) n *= (a.extent[i] + a.tile[i] - 1) / a.tile[i];
+    return n;
+}
+INLINE long distance(const Tile &t, const long *step) {
+    return t.first[0] * step[0] + t.first[1] * step[1] + t.first[2] * step[2];
+}
+
+template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
+    FlushToZero flush;
+    const long n = n_tiles(*a), chunk = task / n;
+    const Tile t = cut(*a, task % n);
+    const auto &table = a->rows_at_once == 1 ? tiles<T>.sparse : tiles<T>.dense;
+    table[t.size[1] - 1][t.size[2] - 1][a->x_step[2] == IMAGES](
+        *a, a->x + distance(t, a->x_step), a->y + distance(t, a->y_step), scratch,
+        a->segments + a->chunks[chunk], a->segments + a->chunks[chunk + 1]);
+}
+
+template <class T> void sddmm(const Product<T> *a, long task) {
+    FlushToZero flush;
+    const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts;
+    T *dvalues = a->dvalues + part * a->n_values;
+    for (long i = a->first_value[chunk]; i < a->first_value[chunk + 1]; i++) dvalues[i] = 0;
+    for (long number = n * part / a->parts; number < n * (part + 1) / a->parts; number++) {
+        const Tile t = cut(*a, number);
+        tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][a->x_step[2] == IMAGES](
+            *a, a->x + distance(t, a->x_step), a->y + distance(t, a->y_step), dvalues,
+            a->segments + a->chunks[chunk], a->segments + a->chunks[chunk + 1]);
+    }
+}
+
+template <class T>
+void add_parts(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate) {
+    FlushToZero flush;
+    for (long i = begin; i < end; i++) {
+        T total = accumulate ? grad[i] : T(0);
+        for (long p = 0; p < parts; p++) total += dvalues[p * n + i];
+        grad[i] = total;
+    }
+}
+
+template <class T>
+void pack_values(long begin, long end, long entries, long rows, long n_rows, long row_step, const int32_t *source,
+                 const T *weights, T *values) {
+    for (long i = begin; i < end; i++) {
+        const long block = i / entries, e = i % entries;
+        for (long r = 0; r < rows; r++) {
+            const long row = block * rows + r;
+            values[i * rows + r] = row < n_rows ? weights[source[e] + row * row_step] : T(0);
+        }
+    }
+}

@@ -1,0 +1,364 @@
+"""The command line: `sparsetrain train` and `sparsetrain info`."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import sparsetrain as st
+from sparsetrain import checks, data, optim
+from sparsetrain._kernels import threads
+from sparsetrain.nn import models
+from sparsetrain.train import (
+    Checkpoint,
+    CSVLog,
+    EpochLines,
+    Progress,
+    Trainer,
+    TrainingDiverged,
+    report,
+)
+from sparsetrain.train.files import replacing
+
+MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
+METHODS = ("magnitude", "random")
+DISTRIBUTIONS = ("uniform", "erk", "global")
+OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}
+SCHEDULES = ("cosine", "step", "constant")
+
+# Default, argparse's settings, help. Where the default is None the help explains it.
+OPTIONS = {
+    "data": ("fashion-mini", {}, f"data set: {', '.join(data.NAMES)}"),
+    "model": ("small-cnn", {}, f"model: {', '.join(MODELS)}"),
+    "sparsity": (0.9, {"type": float}, "fraction of the weights to remove, in [0, 1)"),
+    "method": ("magnitude", {}, f"which weights to remove: {', '.join(METHODS)}"),
+    "distribution": (
+        "uniform",
+        {},
+        f"how the sparsity is spread over the layers: {', '.join(DISTRIBUTIONS)}",
+    ),
+    "exclude": (
+        [],
+        {"nargs": "*", "metavar": "LAYER"},
+        "layers to keep dense, by their name in the table or by a pattern such as '3.*'",
+    ),
+    "epochs": (8, {"type": int}, "passes over the training images"),
+    "batch-size": (64, {"type": int}, "images a step; multiples of 16 are fastest"),
+    "optimizer": ("sgd", {}, f"optimiser: {', '.join(OPTIMIZERS)}"),
+    "lr": (None, {"type": float}, "highest learning rate (default: 0.1 for sgd, else 0.002)"),
+    "momentum": (0.9, {"type": float}, "momentum of sgd, in [0, 1)"),
+    "weight-decay": (
+        None,
+        {"type": float},
+        "weight decay (default: 0.01 for adamw, else 0.0005)",
+    ),
+    "schedule": (
+        "cosine",
+        {},
+        f"learning rate over the run: {', '.join(SCHEDULES)}; step: a tenth after each third",
+    ),
+    "warmup": (1, {"type": int}, "epochs in which the learning rate rises from zero"),
+    "label-smoothing": (0.0, {"type": float}, "label smoothing of the loss, in [0, 1]"),
+    "augment": (
+        None,
+        {"action": argparse.BooleanOptionalAction},
+        "random crop and, but for mnist, flip (default: on cifar10 and cifar100)",
+    ),
+    "seed": (0, {"type": int}, "seed of the weights, the order of images and augmentation"),
+    "threads": (None, {"type": int}, "threads (default: as many as this process may use)"),
+    "isa": (None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
+    "data-dir": (None, {"metavar": "FOLDER"}, "where the data sets lie (see sparsetrain info)"),
+    "out": (None, {"metavar": "FOLDER"}, "new run folder (default: runs/DATA-MODEL-TIME)"),
+    "compare": (
+        True,
+        {"action": argparse.BooleanOptionalAction},
+        "train the same net dense too, and compare (default: yes)",
+    ),
+    "resume": (None, {"metavar": "FOLDER"}, "go on with the run in this folder (default: none)"),
+    "quiet": (False, {"action": "store_true"}, "print only the result (default: no)"),
+}
+# What may be given with --resume: the rest stays as the run's config.json has it.
+ON_RESUME = {"epochs", "threads", "isa", "data_dir", "compare", "resume", "quiet"}
+
+
+def main(argv=None):
+    """Run a command line; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    try:
+        given = vars(_parser().parse_args(argv))
+        return _train(given) if given.pop("command") == "train" else _info()
+    except SystemExit as end:  # --help, --version
+        return end.code
+    except KeyboardInterrupt:
+        print("sparsetrain: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, TrainingDiverged) as error:
+        print(f"sparsetrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser():
+    parser = _Parser("sparsetrain", description="Train neural networks with sparse weights.")
+    parser.add_argument("--version", action="version", version=f"sparsetrain {st.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | info")
+    train = commands.add_parser(
+        "train",
+        help="train a model on images",
+        description="Train a model with sparse weights on images, and the same model dense to "
+        "compare. Writes a run folder with config.json, history.csv, checkpoint.npz (the dense "
+        "model's in dense/), and curves.png where matplotlib is installed.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, (default, settings, text) in OPTIONS.items():
+        if default is not None and not isinstance(default, bool):
+            text += f" (default: {default if default != [] else 'none'})"
+        train.add_argument(f"--{name}", **settings).help = text
+    commands.add_parser("info", help="versions, instruction sets, threads, caches, data sets")
+    return parser
+
+
+def _train(given):
+    o, folder = _options(given)
+    if o.threads is not None:
+        st.set_num_threads(o.threads)
+    if o.isa is not None:
+        st.set_isa(o.isa)
+    dataset = data.load(o.data, o.data_dir)
+    train, test = _batches(o, dataset)
+    nets = {"sparse" if o.sparsity else "dense": (o.sparsity, folder)}
+    if o.sparsity and o.compare:
+        nets["dense"] = (0.0, folder / "dense")
+    trainers = {}
+    for name, (sparsity, place) in nets.items():
+        trainers[name] = trainer = _trainer(o, dataset, len(train), sparsity, place, name)
+        if len(trainers) == 1:
+            trainer.model.summary(dataset.train[0].shape[1:])  # says if it cannot take the images
+            _write_config(o, folder)
+            _say(o, _opening(o, dataset, trainer, folder))
+        if not _fit(trainer, train, test, o.epochs, place):
+            again = f"sparsetrain train --resume {folder}"
+            print(f"interrupted; all finished epochs are kept, go on with: {again}")
+            return 130
+    _say(o, _plot(trainers, folder, f"{o.model} on {o.data}, sparsity {o.sparsity:g}"))
+    print(_result(trainers, *next(iter(train))))
+    return 0
+
+
+def _options(given):
+    """Every option, resolved and checked, and the run folder."""
+    options = {name.replace("-", "_"): default for name, (default, _, _) in OPTIONS.items()}
+    folder = given.get("resume")
+    if folder is not None:
+        folder = Path(folder)
+        options |= _read_config(folder)
+        for name in given:
+            if name not in ON_RESUME:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} cannot be given with --resume, whose run has its own")
+    o = argparse.Namespace(**options | given)
+    choices = {
+        "data": data.NAMES,
+        "model": MODELS,
+        "method": METHODS,
+        "distribution": DISTRIBUTIONS,
+        "optimizer": tuple(OPTIMIZERS),
+        "schedule": SCHEDULES,
+    }
+    for name, allowed in choices.items():
+        checks.one_of(f"--{name}", getattr(o, name), allowed)
+    checks.integer("--epochs", o.epochs, low=1)
+    checks.integer("--batch-size", o.batch_size, low=1)
+    checks.integer("--warmup", o.warmup, low=0, high=o.epochs)
+    checks.integer("--seed", o.seed, low=0)
+    if not 0 <= o.sparsity < 1:
+        raise ValueError(f"--sparsity is {o.sparsity}, must be in [0, 1)")
+    if o.lr is None:
+        o.lr = 0.1 if o.optimizer == "sgd" else 0.002
+    if o.weight_decay is None:
+        o.weight_decay = 0.01 if o.optimizer == "adamw" else 5e-4
+    if o.augment is None:
+        o.augment = o.data.startswith("cifar")
+    if folder is None:
+        now = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(o.out or f"runs/{o.data}-{o.model}-{now}")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--out is {folder}, which is there already, must be a new folder")
+    return o, folder
+
+
+def _read_config(folder):
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["options"]
+    except FileNotFoundError:
+        raise ValueError(f"--resume is {folder}, which has no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the config.json of a run: {error!r}") from error
+
+
+def _write_config(o, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {name: value for name, value in vars(o).items() if name not in ("resume", "quiet")}
+    ran_with = {"isa": st.get_isa(), "threads": st.get_num_threads(), "versions": _versions()}
+    with replacing(folder / "config.json") as file:
+        json.dump({"options": options, "ran_with": ran_with}, file, indent=2)
+        file.write("\n")
+
+
+def _batches(o, dataset):
+    scale = {"mean": dataset.mean, "std": dataset.std}
+    augment = {}
+    if o.augment:
+        crop = 4 if o.data.startswith("cifar") else 2  # 4: He et al., CVPR 2016, section 4.2
+        augment = {"crop": crop, "flip": o.data != "mnist"}
+    train = data.Batches(
+        *dataset.train, o.batch_size, shuffle=True, seed=o.seed, **augment, **scale
+    )
+    return train, data.Batches(*dataset.test, 256, **scale)
+
+
+def _trainer(o, dataset, steps, sparsity, folder, name):
+    """The trainer of one net, as its last checkpoint in the folder left it if there is one."""
+    checkpoint = folder / "checkpoint.npz"
+    show = Progress(label=name) if sys.stderr.isatty() else EpochLines(label=name)
+    settings = {
+        "schedule": _schedule(o, steps),
+        "callbacks": [
+            *([] if o.quiet else [show]),
+            CSVLog(folder / "history.csv"),
+            Checkpoint(checkpoint),
+        ],
+    }
+    st.manual_seed(o.seed)  # sparse and dense start from the same weights
+    if checkpoint.exists():
+        return Trainer.resume(checkpoint, **settings)
+    model = _model(o.model, dataset)
+    if sparsity:
+        st.sparsify(model, sparsity, o.method, o.distribution, tuple(o.exclude))
+    rates = {"lr": o.lr, "weight_decay": o.weight_decay}
+    if o.optimizer == "sgd":
+        rates["momentum"] = o.momentum
+    optimizer = OPTIMIZERS[o.optimizer](model.named_parameters(), **rates)
+    return Trainer(model, optimizer, label_smoothing=o.label_smoothing, **settings)
+
+
+def _model(name, dataset):
+    channels, height, width = dataset.train[0].shape[1:]
+    fitted = {
+        "mlp": {"widths": (height * width, 1024, 1024, len(dataset.classes))},
+        "lenet5": {"image_size": height},
+        "lenet300": {"image_size": height},
+    }
+    make = getattr(models, name.replace("-", "_"))
+    return make(len(dataset.classes), channels, **fitted.get(name, {}))
+
+
+def _schedule(o, steps):
+    total = steps * o.epochs
+    if o.schedule == "cosine":
+        schedule = optim.cosine(o.lr, total)
+    elif o.schedule == "step":
+        schedule = optim.step(o.lr, -(-total // 3), 0.1)
+    else:
+        schedule = optim.constant(o.lr)
+    return optim.warmup(schedule, steps * o.warmup)
+
+
+def _fit(trainer, train, test, epochs, folder):
+    """Train up to so many epochs in all; False after Ctrl-C."""
+    if trainer.epoch >= epochs:
+        return True
+    folder.mkdir(exist_ok=True)
+    try:
+        return not trainer.fit(train, epochs - trainer.epoch, test).interrupted
+    except TrainingDiverged as error:
+        kept = folder / "checkpoint.npz"
+        raise TrainingDiverged(f"{error}; the last good checkpoint is {kept}") from error
+
+
+def _say(o, text):
+    if not o.quiet:
+        print(text, flush=True)
+
+
+def _opening(o, dataset, trainer, folder):
+    total = trainer.model.summary(dataset.train[0].shape[1:]).total
+    return (
+        f"{o.model} on {o.data}: {len(dataset.train[0]):,} training images, "
+        f"{len(dataset.test[0]):,} test images; {total.nnz:,} of {total.parameters:,} parameters; "
+        f"{st.get_num_threads()} threads, {st.get_isa()}; run folder {folder}"
+    )
+
+
+def _plot(trainers, folder, title):
+    path = folder / "curves.png"
+    try:
+        report.plot_curves(path, {name: t.history for name, t in trainers.items()}, title)
+    except ImportError:
+        return "no curves.png: that needs matplotlib (pip install 'sparsetrain[plot]')"
+    return f"wrote {path}"
+
+
+def _result(trainers, x, y):
+    """The table of layers, and one line with the accuracy and the step time of each net."""
+    accuracies = [t.history[-1]["val_accuracy"] for t in trainers.values()]
+    seconds = report.step_times(list(trainers.values()), x, y)
+    nets = [
+        f"{name}: accuracy {100 * accuracy:.1f} %, {1e3 * time_s:.2f} ms a step"
+        for name, accuracy, time_s in zip(trainers, accuracies, seconds, strict=True)
+    ]
+    if len(nets) == 2:
+        nets.append(f"sparse is {seconds[1] / seconds[0]:.1f}x as fast")
+    table = report.layer_table(next(iter(trainers.values())), x, y)
+    return f"\n{table}\n\n{'; '.join(nets)} (test images; median step of {len(x)} images)"
+
+
+def _info():
+    limit = threads.container_limit()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"sparsetrain       {st.__version__}")
+    print(f"instruction set   {st.get_isa()} (available: {', '.join(st.available_isas())})")
+    allowed = "no container limit" if limit is None else f"container limit {limit:g}"
+    print(f"threads           {st.get_num_threads()} ({cpus} CPUs for this process, {allowed})")
+    print(f"caches            {_caches()}")
+    for name, version in _versions().items():
+        print(f"{name:<17} {version or 'not installed'}")
+    for name in data.NAMES:
+        places = data.where(name)
+        found = next((p for p in places if p.found), None)
+        if found:
+            print(f"data {name:<13}in {found.folder} ({found.named_by})")
+        else:
+            looked = ", ".join(f"{p.folder} ({p.named_by})" for p in places)
+            print(f"data {name:<13}not found, looked in {looked}")
+    return 0
+
+
+def _versions():
+    """Versions of Python and of what sparsetrain uses; None for what is not installed."""
+    versions = {"python": platform.python_version()}
+    for name in ("numpy", "scipy", "threadpoolctl", "tqdm", "matplotlib", "pooch", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _caches():
+    """Sizes of the first CPU's data caches, as Linux tells them."""
+    sizes = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes.append(f"L{level}{'d' if kind == 'Data' else ''} {size}")
+    return ", ".join(sizes) or "unknown"

@@ -1,0 +1,165 @@
+"""The operations of layers on blocked arrays: pure pairs, forward and backward, and the choice of their plans.
+
+Each forward returns its output, with a halo as its consumer wants it; each backward takes dy and returns dx with
+the halo that its consumer wants. Parameters' gradients are written through Parameter.gradient().
+"""
+
+import numpy as np
+
+from sparsetrain import arrays, plans
+from sparsetrain._kernels import core
+
+
+def _planned(weight, kind, geometry, build, *blocked):
+    """The plan of this kind for arrays of these strides, made once for the weight's structure."""
+    layout = tuple((b.array.shape, b.array.strides) for b in blocked)
+    key = (kind, geometry, layout, core.get_isa())
+    plan = weight.structure.plans.get(key)
+    if plan is None:
+        plan = weight.structure.plans[key] = build(weight.structure, geometry, *blocked)
+    return plan
+
+
+def _values(weight, step):
+    """The values of the weight in the order that a Pass wants them."""
+    data = weight.data.reshape(-1)
+    if step.source is None:
+        return data
+    values = np.empty(step.n_values, data.dtype)
+    core.pack_values(data, step.source, step.rows_at_once, step.n_rows, step.row_step, values)
+    return values
+
+
+def conv2d(x, weight, bias, geometry, halo=(0, 0)):
+    """y = W * x + b.
+
+    x Blocked (N, C, H, W); weight a Parameter (O, C / groups, KH, KW) or SparseParameter of that shape; bias a
+    Parameter (O,) or None; geometry plans.Geometry. The output must not be empty.
+    """
+    kernel = (*weight.shape, 1, 1)[2:4]
+    blocks, _, height, width, _ = x.array.shape
+    x = x.with_halo(geometry.padding)
+    oh, ow = geometry.output(kernel, height, width)
+    y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.ndim)
+    step = _planned(weight, "forward", geometry, plans.forward, x, y)
+    core.spmm(step.plan, x.array, _values(weight, step), None if bias is None else bias.data, y.array)
+    return y
+
+
+def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0)):
+    """dx of conv2d(); adds the gradients of weight and bias. No dx if halo is None."""
+    kernel = (*weight.shape, 1, 1)[2:4]
+    x = x.with_halo(geometry.padding)
+    if bias is not None:
+        core.bias_grad(dy.array, *bias.gradient())
+    plan = _planned(weight, "weight", geometry, plans.weight_gradient, x, dy)
+    grad, accumulate = weight.gradient()
+    core.sddmm(plan, x.array, dy.array, grad.reshape(-1), accumulate)
+    if halo is None:
+        return None
+    dy = dy.with_halo(geometry.grad_halo(kernel))
+    dx = x.like(halo)
+    for step in _planned(weight, "input", geometry, plans.input_gradient, dy, dx):
+        core.spmm(step.plan, dy.array, _values(weight, step), None, dx.array)
+    return dx
+
+
+def relu(x, halo=(0, 0)):
+    """y = max(x, 0)."""
+    y = x.like(halo)
+    core.relu(x.array, y.array)
+    return y
+
+
+def relu_backward(y, dy, halo=(0, 0)):
+    """dx of relu(), from its output."""
+    dx = y.like(halo)
+    core.relu_backward(y.array, dy.array, dx.array)
+    return dx
+
+
+def add(a, b, halo=(0, 0)):
+    """a + b."""
+    y = a.like(halo)
+    core.add(a.array, b.array, y.array)
+    return y
+
+
+def dropout(x, keep, seed, halo=(0, 0)):
+    """x / keep at a random share `keep` of the elements, 0 elsewhere. It is its own backward, with the same seed."""
+    y = x.like(halo)
+    core.dropout(x.array, y.array, keep, seed)
+    return y
+
+
+def windows(size, kernel, stride, padding):
+    """Begin, end and divisor (3, outputs) of the windows of one axis; the padding counts in the divisor."""
+    begin = np.arange((size + 2 * padding - kernel) // stride + 1) * stride - padding
+    end = np.minimum(begin + kernel, size + padding)
+    return np.stack([np.maximum(begin, 0), np.minimum(end, size), end - begin]).astype(np.int32)
+
+
+def adaptive_windows(size, outputs):
+    """Begin, end and divisor (3, outputs) of windows that cover the axis evenly."""
+    i = np.arange(outputs)
+    begin, end = i * size // outputs, -(-(i + 1) * size // outputs)
+    return np.stack([begin, end, end - begin]).astype(np.int32)
+
+
+def _pooled(x, h, w, halo):
+    return arrays.empty(x.n, x.array.shape[1], h.shape[1], w.shape[1], x.dtype, halo)
+
+
+def max_pool2d(x, h, w, halo=(0, 0)):
+    """The maximum over each window; h and w from windows()."""
+    y = _pooled(x, h, w, halo)
+    core.max_pool(x.array, y.array, h, w)
+    return y
+
+
+def max_pool2d_backward(x, y, h, w, dy, halo=(0, 0)):
+    """dx of max_pool2d(): the first maximum of a window gets its gradient."""
+    dx = x.like(halo)
+    core.max_pool_backward(x.array, y.array, dy.array, dx.array, h, w)
+    return dx
+
+
+def avg_pool2d(x, h, w, halo=(0, 0)):
+    """The mean over each window; h and w from windows() or adaptive_windows()."""
+    y = _pooled(x, h, w, halo)
+    core.avg_pool(x.array, y.array, h, w)
+    return y
+
+
+def avg_pool2d_backward(size, h, w, dy, halo=(0, 0)):
+    """dx of avg_pool2d() of an x with `size` (height, width)."""
+    dx = arrays.empty(dy.n, dy.array.shape[1], *size, dy.dtype, halo)
+    core.avg_pool_backward(dy.array, dx.array, h, w)
+    return dx
+
+
+def flatten(x, halo=(0, 0)):
+    """(n, channels, height, width) to (n, channels * height * width)."""
+    _, c, h, w, _ = x.array.shape
+    if h == w == 1 and tuple(halo) == (0, 0):
+        y = arrays.Blocked(x.array, x.n, x.halo, 2)
+        return y
+    y = arrays.empty(x.n, c * h * w, 1, 1, x.dtype, halo, 2)
+    core.copy(x.array, _unflattened(y, (c, h, w)))
+    return y
+
+
+def flatten_backward(shape, dy, halo=(0, 0)):
+    """dx of flatten() of an x with `shape` (channels, height, width)."""
+    dx = arrays.empty(dy.n, *shape, dy.dtype, halo)
+    core.copy(_unflattened(dy, shape), dx.array)
+    return dx
+
+
+def _unflattened(y, shape):
+    """The features of y seen as (blocks, channels, height, width, 16), without a copy."""
+    c, h, w = shape
+    block, feature, _, _, lane = y.array.strides
+    return np.lib.stride_tricks.as_strided(
+        y.array, (len(y.array), c, h, w, arrays.IMAGES), (block, h * w * feature, w * feature, feature, lane)
+    )

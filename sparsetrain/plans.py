@@ -1,0 +1,306 @@
+"""How a convolution runs: the offsets of its weights, the tiles, and the order in which both are met.
+
+A linear layer is a 1x1 convolution of a 1x1 image. Three products with the stored weights make a layer:
+forward, input gradient (the transposed, flipped weights over dy; with stride s, each of the s x s phases of dx
+has its own taps) and weight gradient. Nothing here depends on the number of threads, so no result does.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from sparsetrain._kernels import core
+
+FIRST, LAST = 1, 2  # flags of a segment, as in kernels.hh
+ROWS_AT_ONCE = 4  # of a dense layer, as in product.hh
+TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The arguments of a convolution, each a pair (vertical, horizontal), and its groups."""
+
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+
+    def reach(self, kernel):
+        """Distance in pixels between the first and the last tap."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True))
+
+    def output(self, kernel, height, width):
+        """Height and width of the output; 0 or less where the kernel is larger than the padded input."""
+        return tuple(
+            (n + 2 * p - r - 1) // s + 1
+            for n, p, r, s in zip((height, width), self.padding, self.reach(kernel), self.stride, strict=True)
+        )
+
+    def grad_halo(self, kernel):
+        """Zero pixels that the input gradient reads around dy."""
+        return tuple(
+            max(0, -(-(r - p) // s)) for r, p, s in zip(self.reach(kernel), self.padding, self.stride, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The positions of a product: how many on each axis (image block, row, column), and how x and y step."""
+
+    extent: tuple
+    taps: tuple  # rows and columns of x that the taps of one position span
+    x_pixels: tuple = (1, 1)  # rows and columns of x from one position to the next
+    y_pixels: tuple = (1, 1)
+    y_origin: tuple = (0, 0)
+
+
+def strides(blocked):
+    """Elements between blocks, channels and rows."""
+    return tuple(s // blocked.array.itemsize for s in blocked.array.strides[:3])
+
+
+# ---- tiles
+
+L1_BYTES = 32 << 10  # for the part of x that a group of input channels touches; the L1 of this machine has 48 KB
+
+
+def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
+    """(order, tile, channels of a group) with the least estimated time.
+
+    rows and channels are those of the output and the input of the product, weights its number of stored
+    weights, limit the positions that the registers hold. order says which axes of `grid` the tile's are.
+    """
+    best = None
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1), (1, 2, 0)):
+        extent = [grid.extent[i] for i in order]
+        for r, w in product(range(1, min(4, extent[1]) + 1), range(1, min(16, extent[2]) + 1)):
+            if r * w > limit or (w > 8 and r > 2):
+                continue
+            size = dict(zip(order, (1, r, w), strict=True))
+            lines = size[0]
+            for axis in (0, 1):
+                lines *= min((size[axis + 1] - 1) * grid.x_pixels[axis] + grid.taps[axis], 2**20)
+            group = max(1, min(channels, L1_BYTES // (lines * 16 * itemsize)))
+            time = _tile_time(r * w, lines, rows, channels, weights, group, rows_at_once, itemsize)
+            tiles = extent[0] * math.ceil(extent[1] / r) * math.ceil(extent[2] / w)
+            if best is None or tiles * time < best[0]:
+                best = tiles * time, order, (1, r, w), group
+    return best[1:]
+
+
+def _tile_time(positions, lines, rows, channels, weights, group, rows_at_once, itemsize):
+    """Estimated cycles of a tile on a core with two FMAs and two loads of 64 bytes a cycle."""
+    parts = itemsize / 4
+    groups = math.ceil(channels / group)
+    segments = min(rows * groups, weights) / rows_at_once
+    multiply = weights / rows_at_once * max(positions * rows_at_once / 2 * parts, 4)
+    stream = weights * 1.0
+    begin = segments * (20 + positions * rows_at_once * parts)
+    partial = (segments - min(rows / rows_at_once, segments)) * positions * rows_at_once * 4 * parts
+    read = channels * lines * 2 * parts
+    return multiply + stream + begin + partial + read
+
+
+# ---- segments
+
+def _segments(rows, groups, row_values, chunks):
+    """Runs of entries of one row and one group of channels, sorted by chunk of rows, group and row.
+
+    rows and groups: of each entry, rows ascending and groups ascending within a row. chunks: the row at which
+    each chunk begins, and the end. row_values is rows_at_once. Rows without entries get an empty run.
+    Returns segments (n, 5) and the bounds of the chunks in them, both int32.
+    """
+    n = len(rows)
+    new = np.flatnonzero(np.r_[True, (np.diff(rows) != 0) | (np.diff(groups) != 0)]) if n else np.zeros(0, int)
+    count = np.diff(np.r_[new, n])
+    row, group = rows[new], groups[new]
+    first = np.r_[True, np.diff(row) != 0] if n else np.zeros(0, bool)
+    last = np.r_[np.diff(row) != 0, True] if n else np.zeros(0, bool)
+    flags = FIRST * first + LAST * last
+    empty = np.setdiff1d(np.arange(chunks[-1]), row)
+    blank = np.zeros(len(empty), int)
+    row, group, new = np.r_[row, empty], np.r_[group, blank], np.r_[new, blank]
+    count, flags = np.r_[count, blank], np.r_[flags, blank + (FIRST | LAST)]
+    chunk = np.searchsorted(chunks, row, side="right") - 1
+    order = np.lexsort((row, group, chunk))
+    segments = np.stack([row, new, count, new * row_values, flags], axis=1)[order].astype(np.int32)
+    return segments, np.searchsorted(chunk[order], np.arange(len(chunks))).astype(np.int32)
+
+
+def _cut_rows(weights_of_row, pieces):
+    """Where to cut rows into at most `pieces` chunks of about equal work: first rows, and the end."""
+    work = np.cumsum(weights_of_row + 1.0)
+    cuts = np.searchsorted(work, work[-1] * np.arange(1, pieces) / pieces) + 1
+    return np.unique(np.r_[0, np.minimum(cuts, len(work)), len(work)])
+
+
+def _plan(x, y, grid, tile, order, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights):
+    positions = math.prod(grid.extent)
+    return core.Plan(
+        offsets=np.r_[offsets, 0, 0, 0].astype(np.int32),
+        segments=segments,
+        chunks=chunks,
+        first_value=first_value,
+        x_strides=strides(x),
+        y_strides=strides(y),
+        order=order,
+        extent=[grid.extent[i] for i in order],
+        tile=tile,
+        x_pixels=grid.x_pixels,
+        y_pixels=grid.y_pixels,
+        y_origin=grid.y_origin,
+        rows=rows,
+        rows_at_once=rows_at_once,
+        n_values=n_values,
+        parts=parts,
+        work=weights * positions * 16.0,
+    )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One product: its plan, and where the values come from if not the parameter's own, in their order.
+
+    values[(b * entries + e) * rows_at_once + r] = data[source[e] + (b * rows_at_once + r) * row_step].
+    """
+
+    plan: object
+    source: np.ndarray | None = None
+    rows_at_once: int = 1
+    n_rows: int = 1
+    row_step: int = 0
+
+    @property
+    def n_values(self):
+        return len(self.source) * self.rows_at_once * -(-self.n_rows // self.rows_at_once)
+
+
+def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, dense_step):
+    """The Pass that writes y. entry_row None: every row has all the entries (a dense layer, values packed
+    ROWS_AT_ONCE rows side by side, row_step dense_step); else entry_row ascends and the values are one an entry."""
+    limit, _, dense_limit = core.tile_limits()
+    at_once = ROWS_AT_ONCE if entry_row is None else 1
+    weights = len(offsets) * (rows if entry_row is None else 1)
+    order, tile, group = choose_tile(
+        grid, rows, channels, weights, dense_limit if entry_row is None else limit, at_once, x.array.itemsize
+    )
+    tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
+    pieces = -(-TASKS // tiles)
+    groups = entry_channel // group
+    if entry_row is None:
+        blocks = -(-rows // ROWS_AT_ONCE)
+        n = len(offsets)
+        chunks = _cut_rows(np.full(blocks, n), pieces)
+        segments, bounds = _segments(np.repeat(np.arange(blocks), n), np.tile(groups, blocks), at_once, chunks)
+        segments[:, 0] *= ROWS_AT_ONCE
+        segments[:, 1] %= max(n, 1)
+        n_values = n * ROWS_AT_ONCE * blocks
+        plan = _plan(x, y, grid, tile, order, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights)
+        return Pass(plan, source, ROWS_AT_ONCE, rows, dense_step)
+    chunks = _cut_rows(np.bincount(entry_row, minlength=rows), pieces)
+    segments, bounds = _segments(entry_row, groups, 1, chunks)
+    plan = _plan(x, y, grid, tile, order, rows, 1, offsets, segments, bounds, None, weights, 1, weights)
+    return Pass(plan, source)
+
+
+# ---- the three products of a layer
+
+def _entries(structure, geometry):
+    """(row, input channel, kernel row, kernel column) of each stored weight, in the parameter's order.
+
+    row is None if the layer is dense without groups: then the entries of any one row.
+    """
+    out, per_group, kh, kw = (*structure.shape, 1, 1)[:4]
+    if structure.dense and geometry.groups == 1:
+        row, column = None, np.arange(per_group * kh * kw)
+        channel = column // (kh * kw)
+    else:
+        row, column = structure.rows(), structure.csr()[1]
+        channel = row // (out // geometry.groups) * per_group + column // (kh * kw)
+    return row, channel, column // kw % kh, column % kw
+
+
+def _forward_grid(structure, geometry, x, y):
+    _, _, kh, kw = (*structure.shape, 1, 1)[:4]
+    blocks, _, oh, ow, _ = y.array.shape
+    reach = geometry.reach((kh, kw))
+    return Grid((blocks, oh, ow), (reach[0] + 1, reach[1] + 1), geometry.stride)
+
+
+def _offsets(channel, vertical, horizontal, x):
+    _, per_channel, per_row = strides(x)
+    return channel.astype(np.int64) * per_channel + vertical * per_row + horizontal * 16
+
+
+def _forward_entries(structure, geometry, x):
+    row, channel, kh, kw = _entries(structure, geometry)
+    (dh, dw), (ph, pw) = geometry.dilation, geometry.padding
+    return row, channel, _offsets(channel, kh * dh - ph, kw * dw - pw, x)
+
+
+def forward(structure, geometry, x, y):
+    """The Pass y = W x."""
+    row, channel, offsets = _forward_entries(structure, geometry, x)
+    columns = math.prod(structure.shape[1:])
+    source = np.arange(len(offsets), dtype=np.int32) if row is None else None
+    grid = _forward_grid(structure, geometry, x, y)
+    return _spmm(x, y, grid, structure.shape[0], x.array.shape[1], row, channel, offsets, source, columns)
+
+
+def input_gradient(structure, geometry, dy, dx):
+    """The Passes that together write dx = W^T dy: one for each phase of the strides."""
+    out, per_group, kernel_h, kernel_w = (*structure.shape, 1, 1)[:4]
+    row, channel, kh, kw = _entries(structure, geometry)
+    (sh, sw), (dh, dw), (ph, pw) = geometry.stride, geometry.dilation, geometry.padding
+    taps, n_channels = kernel_h * kernel_w, dx.array.shape[1]
+    if row is None:  # the entries of any one row of W^T: all output channels
+        oc = np.repeat(np.arange(out), taps)
+        kh, kw = np.tile(kh[:taps], out), np.tile(kw[:taps], out)
+        source, new_row = oc * per_group * taps + kh * kernel_w + kw, None
+    else:
+        source = np.argsort(channel, kind="stable")
+        oc, kh, kw, new_row = row[source], kh[source], kw[source], channel[source]
+    blocks, _, height, width, _ = dx.array.shape
+    passes = []
+    for a, b in product(range(min(sh, height)), range(min(sw, width))):
+        here = ((a + ph - kh * dh) % sh == 0) & ((b + pw - kw * dw) % sw == 0)
+        vertical, horizontal = (a + ph - kh[here] * dh) // sh, (b + pw - kw[here] * dw) // sw
+        span = tuple(int(np.ptp(v)) + 1 if v.size else 1 for v in (vertical, horizontal))
+        grid = Grid((blocks, -(-(height - a) // sh), -(-(width - b) // sw)), span, (1, 1), (sh, sw), (a, b))
+        offsets = _offsets(oc[here], vertical, horizontal, dy)
+        entry_row = None if new_row is None else new_row[here]
+        passes.append(
+            _spmm(dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, source[here].astype(np.int32), taps)
+        )
+    return passes
+
+
+def weight_gradient(structure, geometry, x, dy):
+    """The plan dW = <dy, x> at the stored weights, in the parameter's order."""
+    row, channel, offsets = _forward_entries(structure, geometry, x)
+    grid = _forward_grid(structure, geometry, x, dy)
+    out, weights = structure.shape[0], structure.nnz
+    order, tile, group = choose_tile(
+        grid, out, x.array.shape[1], weights, core.tile_limits()[1], 1, x.array.itemsize
+    )
+    tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
+    indptr = structure.csr()[0] if row is not None else np.arange(out + 1) * len(offsets)
+    # Chunks of rows each read all of x again; parts, runs of tiles, each need a copy of dW.
+    read, copied = x.array.size, 3 * weights
+    parts = min(
+        (p for p in (1, 2, 4, 8, 16) if p <= tiles),
+        key=lambda p: min(out, TASKS // p) * read + p * copied + (p * min(out, TASKS // p) < TASKS // 2) * 1e18,
+        default=1,
+    )
+    chunks = _cut_rows(np.diff(indptr), TASKS // parts)
+    groups = channel // group
+    if row is None:
+        n = len(offsets)
+        segments, bounds = _segments(np.repeat(np.arange(out), n), np.tile(groups, out), 1, chunks)
+        segments[:, 1] %= max(n, 1)
+    else:
+        segments, bounds = _segments(row, groups, 1, chunks)
+    first_value = indptr[chunks].astype(np.int32)
+    return _plan(x, dy, grid, tile, order, out, 1, offsets, segments, bounds, first_value, weights, parts, weights)

@@ -1,0 +1,198 @@
+"""Parameters: dense ones, and sparse ones in which removed weights do not exist.
+
+A sparse weight keeps its values in the order of a CSR matrix whose rows are output channels and whose
+columns are (input channel, kernel row, kernel column). Gradient and optimiser slots have the same length.
+"""
+
+import math
+
+import numpy as np
+import scipy.sparse
+
+from sparsetrain import arrays
+
+
+class Structure:
+    """Which weights of a (out, in) or (out, in, height, width) array are stored; checked here and nowhere else.
+
+    indptr int32 (out + 1): row o has the entries indptr[o] to indptr[o + 1]. indices int32 (nnz): their columns,
+    ascending within a row. Both None: every weight is stored. Immutable, so `plans` can keep what was derived.
+    """
+
+    def __init__(self, shape, indptr=None, indices=None):
+        self.shape = tuple(int(n) for n in shape)
+        self.dense = indptr is None
+        self.plans = {}
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        if rows * columns >= 2**31:
+            raise ValueError(f"weight has shape {self.shape}: 2**31 weights or more")
+        if self.dense:
+            self.nnz = rows * columns
+            return
+        for name, index in (("indptr", indptr), ("indices", indices)):
+            if not isinstance(index, np.ndarray) or index.dtype != np.int32 or index.ndim != 1:
+                raise TypeError(f"{name} must be a one-dimensional int32 array")
+        if len(indptr) != rows + 1 or indptr[0] != 0 or indptr[-1] != len(indices):
+            raise ValueError(f"indptr must have {rows + 1} numbers from 0 to {len(indices)}, the length of indices")
+        if (np.diff(indptr) < 0).any():
+            raise ValueError("indptr falls; it must ascend")
+        if len(indices) and (indices.min() < 0 or indices.max() >= columns):
+            raise ValueError(f"indices reach from {indices.min()} to {indices.max()}, must lie in [0, {columns})")
+        rises = np.diff(indices) > 0
+        first = indptr[(indptr > 0) & (indptr < len(indices))]
+        rises[first - 1] = True
+        if not rises.all():
+            raise ValueError("indices must ascend within a row, without duplicates")
+        self.nnz = len(indices)
+        self.indptr, self.indices = indptr.copy(), indices.copy()
+        self.indptr.flags.writeable = self.indices.flags.writeable = False
+
+    def csr(self):
+        """(indptr, indices), also where every weight is stored."""
+        if not self.dense:
+            return self.indptr, self.indices
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        return np.arange(rows + 1, dtype=np.int32) * columns, np.tile(np.arange(columns, dtype=np.int32), rows)
+
+    def rows(self):
+        """The row of each stored weight."""
+        indptr, _ = self.csr()
+        return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(indptr))
+
+
+class Parameter:
+    """A dense array that is trained: `data`, `grad` (None, or shaped as data) and optimiser `slots` (name -> array)."""
+
+    def __init__(self, data):
+        self.data = np.ascontiguousarray(data)
+        self.structure = Structure(self.data.shape)
+        self.grad, self.slots, self._buffer = None, {}, None
+
+    @property
+    def shape(self):
+        """Shape of the weight as a dense array."""
+        return self.structure.shape
+
+    @property
+    def nnz(self):
+        """Number of stored weights."""
+        return self.structure.nnz
+
+    @property
+    def sparsity(self):
+        """Fraction of the weights that are not stored."""
+        return 1 - self.nnz / max(1, math.prod(self.shape))
+
+    def to_dense(self):
+        """A copy as a dense array."""
+        return self.data.copy()
+
+    def check_dense(self, name, values):
+        """ValueError if set_dense() could not take `values`."""
+
+    def set_dense(self, values):
+        """Take the values of a dense array of this shape and dtype."""
+        self.data[...] = values
+
+    def gradient(self):
+        """(array, accumulate): where backward writes the gradient, and whether it adds to what is there."""
+        accumulate = self.grad is not None
+        if not accumulate:
+            if self._buffer is None or self._buffer.shape != self.data.shape or self._buffer.dtype != self.data.dtype:
+                self._buffer = np.empty_like(self.data)
+            self.grad = self._buffer
+        return self.grad, accumulate
+
+    def keep(self, kept):
+        """Remove the weights where the boolean array `kept` (of data's shape) is false; slots follow the others.
+
+        The parameter becomes a SparseParameter, the same object: an optimiser that holds it goes on.
+        """
+        mask = kept.reshape(self.shape[0], -1)
+        indptr = np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32)
+        self.structure = Structure(self.shape, indptr, np.nonzero(mask)[1].astype(np.int32))
+        self.data = self.data[kept]
+        self.slots = {name: slot[kept] for name, slot in self.slots.items()}
+        self.grad = self._buffer = None
+        self.__class__ = SparseParameter
+
+    def to(self, dtype):
+        """Convert values and slots to float32 or float64 in place; the gradient is dropped."""
+        if np.dtype(dtype) not in arrays.DTYPES:
+            raise TypeError(f"dtype is {dtype}, must be float32 or float64")
+        self.data = self.data.astype(dtype)
+        self.slots = {name: slot.astype(dtype) for name, slot in self.slots.items()}
+        self.grad = None
+
+    def __repr__(self):
+        return f"{type(self).__name__}(shape={self.shape}, nnz={self.nnz}, dtype={self.data.dtype})"
+
+
+class SparseParameter(Parameter):
+    """A weight of which only `nnz` values exist: data, grad and slots are flat, in CSR order.
+
+    shape (out, in) or (out, in, height, width); indptr, indices int32 and data as in a CSR matrix
+    (out, in * height * width). ValueError or TypeError if they are no valid structure.
+    """
+
+    def __init__(self, shape, indptr, indices, data):
+        self.structure = Structure(shape, indptr, indices)
+        if not isinstance(data, np.ndarray) or data.dtype not in arrays.DTYPES or data.shape != (self.nnz,):
+            raise ValueError(f"data must be a float32 or float64 array of {self.nnz} values, the length of indices")
+        self.data = data.copy()
+        self.grad, self.slots, self._buffer = None, {}, None
+
+    @staticmethod
+    def from_dense(weight, mask):
+        """The weights of a dense array where the boolean array `mask` is true."""
+        if mask.shape != weight.shape or mask.dtype != bool:
+            raise ValueError(f"mask is {mask.dtype} {mask.shape}, must be bool {weight.shape}")
+        parameter = Parameter(weight)
+        parameter.keep(mask)
+        return parameter
+
+    @property
+    def indptr(self):
+        return self.structure.indptr
+
+    @property
+    def indices(self):
+        return self.structure.indices
+
+    @property
+    def mask(self):
+        """Boolean array of `shape`, true where a weight is stored."""
+        return self._scatter(np.ones(self.nnz, bool))
+
+    def to_dense(self):
+        """A dense array of `shape`, zero where no weight is stored."""
+        return self._scatter(self.data)
+
+    def to_scipy(self):
+        """A scipy CSR matrix (out, in * height * width)."""
+        columns = math.prod(self.shape[1:])
+        return scipy.sparse.csr_matrix((self.data.copy(), self.indices, self.indptr), (self.shape[0], columns))
+
+    def check_dense(self, name, values):
+        """ValueError if a weight of the dense array `values` is not zero but not stored here."""
+        extra = int(np.count_nonzero(values[~self.mask]))
+        if extra:
+            raise ValueError(f"{name} has {extra} weights that are not zero where this model stores none")
+
+    def set_dense(self, values):
+        """Take the values of a dense array of this shape and dtype, where they are stored."""
+        self.data[...] = values[self.mask]
+
+    def keep(self, kept):
+        """Remove the weights where the boolean array `kept` (nnz) is false; optimiser slots follow the others."""
+        rows = self.structure.rows()[kept]
+        indptr = np.searchsorted(rows, np.arange(self.shape[0] + 1)).astype(np.int32)
+        self.structure = Structure(self.shape, indptr, self.indices[kept])
+        self.data = self.data[kept]
+        self.slots = {name: slot[kept] for name, slot in self.slots.items()}
+        self.grad = self._buffer = None
+
+    def _scatter(self, values):
+        dense = np.zeros((self.shape[0], math.prod(self.shape[1:])), values.dtype)
+        dense[self.structure.rows(), self.indices] = values
+        return dense.reshape(self.shape)
