@@ -1,0 +1,22 @@
+"""Layers, containers, losses and ready models, with PyTorch's names and meanings."""
+
+from sparsetrain.nn import models
+from sparsetrain.nn.batchnorm import BatchNorm1d, BatchNorm2d
+from sparsetrain.nn.containers import Residual, Sequential
+from sparsetrain.nn.conv import Conv2d
+from sparsetrain.nn.dropout import Dropout
+from sparsetrain.nn.flatten import Flatten
+from sparsetrain.nn.linear import Linear
+from sparsetrain.nn.loss import cross_entropy, mse_loss
+from sparsetrain.nn.module import Module, no_grad, observe
+from sparsetrain.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from sparsetrain.nn.relu import ReLU
+from sparsetrain.nn.summary import summary
+
+Module.summary = summary
+
+__all__ = [
+    "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout", "Flatten", "Linear",
+    "MaxPool2d", "Module", "ReLU", "Residual", "Sequential", "cross_entropy", "models", "mse_loss", "no_grad",
+    "observe", "summary",
+]  # fmt: skip

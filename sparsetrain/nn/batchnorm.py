@@ -1,0 +1,77 @@
+"""Batch normalisation, and in the same pass a residual add and a ReLU after it."""
+
+import numpy as np
+
+from sparsetrain import checks
+from sparsetrain._kernels import core
+from sparsetrain.nn.module import Module, check_input
+from sparsetrain.sparse import Parameter
+
+
+class BatchNorm2d(Module):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, per channel of x (N, num_features, H, W).
+
+    Training uses the batch's mean and biased variance and moves the running ones by `momentum` (the variance
+    unbiased); evaluation uses the running ones. Source: Ioffe & Szegedy, arXiv 1502.03167.
+    """
+
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    fuses_relu = fuses_add = True
+    _ndim = 4
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1):
+        self.num_features = checks.integer("num_features", num_features, low=1)
+        self.eps = checks.number("eps", eps, low=0)
+        self.momentum = checks.number("momentum", momentum, low=0, high=1)
+        self.weight = Parameter(np.ones(num_features, np.float32))
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+        self.running_mean = np.zeros(num_features, np.float32)
+        self.running_var = np.ones(num_features, np.float32)
+        self.num_batches_tracked = np.array(0)
+
+    def forward(self, x, halo, add=None, relu=False):
+        """relu: of the result. add: a Blocked that is added before; backward(dy, halo, add_halo) -> (dx, dadd) then."""
+        check_input(x, self.weight, self._ndim, self.num_features, f"(N, {self.num_features}{', H, W' * (self._ndim == 4)})")
+        values = x.n * x.array.shape[2] * x.array.shape[3]
+        training = self.training
+        if training and values == 1:
+            raise ValueError(f"x has shape {x.shape}: one value a channel has no variance to train with")
+        if add is not None and add.shape != x.shape:
+            raise ValueError(f"x has shape {x.shape}, what is added to it {add.shape}")
+        mean, var = (np.empty_like(self.running_mean) for _ in range(2)) if training else (self.running_mean, self.running_var)
+        y = x.like(halo)
+        core.batch_norm(
+            x.array, y.array, x.n, self.weight.data, self.bias.data, mean, var, self.eps, training, relu,
+            None if add is None else add.array,
+        )  # fmt: skip
+        if training:
+            self.running_mean += np.float32(self.momentum) * (mean - self.running_mean)
+            self.running_var += np.float32(self.momentum) * (var * (values / (values - 1)) - self.running_var).astype(var.dtype)
+            self.num_batches_tracked += 1
+        output, fused_add = (y if relu else x), add is not None
+
+        def backward(dy, halo, add_halo=None):
+            dx = x.like(halo or (0, 0))
+            dadd = x.like(add_halo) if fused_add else None
+            grads = []
+            for p in (self.weight, self.bias):
+                grad, accumulate = p.gradient()
+                if not accumulate:
+                    grad.fill(0)
+                grads.append(grad)
+            core.batch_norm_backward(
+                x.array, output.array, dy.array, dx.array, x.n, self.weight.data, mean, var, *grads, self.eps,
+                training, relu, None if dadd is None else dadd.array,
+            )  # fmt: skip
+            return (dx, dadd) if fused_add else dx
+
+        return y, backward
+
+    def _arguments(self):
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class BatchNorm1d(BatchNorm2d):
+    """BatchNorm2d for x (N, num_features)."""
+
+    _ndim = 2

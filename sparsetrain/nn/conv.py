@@ -1,0 +1,52 @@
+"""The convolution layer."""
+
+from sparsetrain import checks, ops, plans
+from sparsetrain.nn.linear import uniform
+from sparsetrain.nn.module import Module, check_input
+
+
+class Conv2d(Module):
+    """y = W * x + b, a cross-correlation as in PyTorch.
+
+    x (N, in_channels, H, W), y (N, out_channels, OH, OW); weight (out, in / groups, KH, KW), dense or sparse, and
+    bias (out,) or None. kernel_size, stride, padding (of zeros) and dilation are ints or (vertical, horizontal).
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
+        self.in_channels = checks.integer("in_channels", in_channels, low=1)
+        self.out_channels = checks.integer("out_channels", out_channels, low=1)
+        self.kernel_size = checks.pair("kernel_size", kernel_size, low=1)
+        self.stride = checks.pair("stride", stride, low=1)
+        self.padding = checks.pair("padding", padding)
+        self.dilation = checks.pair("dilation", dilation, low=1)
+        self.groups = checks.integer("groups", groups, low=1)
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % groups:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be a multiple of groups = {groups}")
+        self.geometry = plans.Geometry(self.stride, self.padding, self.dilation, self.groups)
+        self.halo, self.grad_halo = self.padding, self.geometry.grad_halo(self.kernel_size)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        fan_in = shape[1] * shape[2] * shape[3]
+        self.weight = uniform(shape, fan_in)
+        self.bias = uniform((out_channels,), fan_in) if bias else None
+
+    def forward(self, x, halo):
+        check_input(x, self.weight, 4, self.in_channels, f"(N, {self.in_channels}, H, W)")
+        if min(self.geometry.output(self.kernel_size, *x.shape[2:])) < 1:
+            raise ValueError(
+                f"x has shape {x.shape}: with padding {self.padding} it is smaller than the kernel "
+                f"{self.kernel_size} with dilation {self.dilation}"
+            )
+        y = ops.conv2d(x, self.weight, self.bias, self.geometry, halo)
+
+        def backward(dy, halo):
+            return ops.conv2d_backward(x, self.weight, self.bias, self.geometry, dy, halo)
+
+        return y, backward
+
+    def _arguments(self):
+        parts = [f"{self.in_channels}, {self.out_channels}, {self.kernel_size}"]
+        for name, default in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join([*parts, f"bias={self.bias is not None}"])

@@ -1,0 +1,221 @@
+"""The base of all layers and containers: names, parameters, modes, and the way from NumPy arrays and back."""
+
+import time
+from contextlib import contextmanager
+
+import numpy as np
+
+from sparsetrain import arrays
+from sparsetrain.sparse import Parameter
+
+_keep = True  # whether forward keeps what backward needs
+_observer = None  # called after the forward and backward of every leaf layer
+
+
+@contextmanager
+def no_grad():
+    """Within it, forward keeps nothing for backward."""
+    global _keep
+    before, _keep = _keep, False
+    try:
+        yield
+    finally:
+        _keep = before
+
+
+@contextmanager
+def observe(model, callback):
+    """Within it, callback(name, module, phase, seconds, y) follows every leaf layer of `model`.
+
+    phase is "forward" (y the output, a Blocked) or "backward" (y is dx, or None). A ReLU that runs in the same
+    pass as the layer before it is not called by itself.
+    """
+    global _observer
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def named(module, phase, seconds, y):
+        if id(module) in names:
+            callback(names[id(module)], module, phase, seconds, y)
+
+    before, _observer = _observer, named
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+class Module:
+    """A layer or a container of layers.
+
+    A layer defines forward(x, halo): x is a Blocked, and it returns (y, backward), y with at least `halo` zero
+    pixels around it and backward(dy, halo) -> dx, which also adds the gradients of the layer's parameters; halo
+    None means that dx is not wanted. Parameters and modules that are attributes are found by themselves.
+    """
+
+    training = True
+    buffers = ()  # names of the arrays that belong to the state but are not trained
+    halo = (0, 0)  # zero pixels (vertical, horizontal) that forward reads around x
+    grad_halo = (0, 0)  # and backward around dy
+    fuses_relu = fuses_add = False  # whether forward takes relu=True, add=Blocked (see BatchNorm2d)
+
+    def forward(self, x, halo):
+        raise TypeError(f"{type(self).__name__} does not define forward(x, halo)")
+
+    # ---- running
+
+    def __call__(self, x):
+        """The output for x, an ndarray (N, C, H, W) or (N, F) with the parameters' dtype, as an ndarray."""
+        try:
+            y, self._backward = self.run(arrays.pack(x, self.halo), (0, 0))
+        except (TypeError, ValueError) as error:
+            layer = self._name_of(getattr(error, "layer", self))
+            raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
+        self._output = y.shape
+        return arrays.unpack(y)
+
+    def backward(self, dy, input_gradient=True):
+        """dx for the upstream gradient dy of the last call (None unless input_gradient); adds parameters' gradients.
+
+        dy is an ndarray of the output's shape and dtype. ValueError if no call has kept what is needed.
+        """
+        if getattr(self, "_backward", None) is None:
+            raise ValueError("backward() needs a call of the module before it, outside no_grad()")
+        arrays.check("dy", dy)
+        if dy.shape != self._output:
+            raise ValueError(f"dy has shape {dy.shape}, the output had {self._output}")
+        back, self._backward = self._backward, None
+        dx = back(arrays.pack(dy, self.grad_halo), (0, 0) if input_gradient else None)
+        return None if dx is None else arrays.unpack(dx)
+
+    def run(self, x, halo, **fused):
+        """forward(), timed and reported if somebody observes. Containers run their layers with it."""
+        try:
+            if _observer is None or self._is_container():
+                y, backward = self.forward(x, halo, **fused)
+            else:
+                y, backward = self._observed(x, halo, fused)
+        except (TypeError, ValueError) as error:
+            if not hasattr(error, "layer"):
+                error.layer = self
+            raise
+        return y, backward if _keep else None
+
+    def _observed(self, x, halo, fused):
+        start = time.perf_counter()
+        y, backward = self.forward(x, halo, **fused)
+        _observer(self, "forward", time.perf_counter() - start, y)
+
+        def observed(*args):
+            start = time.perf_counter()
+            dx = backward(*args)
+            if _observer is not None:
+                _observer(self, "backward", time.perf_counter() - start, dx)
+            return dx
+
+        return y, observed
+
+    # ---- the tree
+
+    def children(self):
+        """(name, module) of the modules directly inside."""
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Module)]
+
+    def _is_container(self):
+        return bool(self.children())
+
+    def named_modules(self, prefix=""):
+        """(name, module) of this module (name "") and all inside, in order."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def _name_of(self, module):
+        return next((f"{n!r} ({type(m).__name__})" for n, m in self.named_modules() if m is module and n), "")
+
+    def named_parameters(self):
+        """(name, Parameter) of all parameters, named as in PyTorch: "3.body.0.weight"."""
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter):
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+    def parameters(self):
+        """The parameters, in the order of named_parameters()."""
+        return [p for _, p in self.named_parameters()]
+
+    def named_buffers(self):
+        """(name, ndarray) of the state that is not trained, such as running means."""
+        for prefix, module in self.named_modules():
+            for name in module.buffers:
+                yield f"{prefix}.{name}" if prefix else name, getattr(module, name)
+
+    # ---- state
+
+    def train(self, mode=True):
+        """Set training mode, or evaluation mode if not `mode`, here and inside. Returns self."""
+        for _, module in self.named_modules():
+            module.training = bool(mode)
+        return self
+
+    def eval(self):
+        """Set evaluation mode here and inside. Returns self."""
+        return self.train(False)
+
+    def zero_grad(self):
+        """Drop all gradients, so that the next backward starts anew."""
+        for p in self.parameters():
+            p.grad = None
+
+    def to(self, dtype):
+        """Convert parameters and floating-point buffers to float32 or float64 in place. Returns self."""
+        for p in self.parameters():
+            p.to(dtype)
+        for _, module in self.named_modules():
+            for name in module.buffers:
+                if getattr(module, name).dtype in arrays.DTYPES:
+                    setattr(module, name, getattr(module, name).astype(dtype))
+        return self
+
+    def state_dict(self):
+        """{name: dense copy} of parameters and buffers, with PyTorch's names."""
+        state = {name: p.to_dense() for name, p in self.named_parameters()}
+        return state | {name: b.copy() for name, b in self.named_buffers()}
+
+    def load_state_dict(self, state):
+        """Take the values of state_dict(). Nothing is changed if a key is missing or too many, a shape or dtype
+        differs, or a weight that is not stored here is not zero: ValueError (KeyError for keys)."""
+        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        wanted = parameters | buffers
+        missing, unexpected = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
+        if missing or unexpected:
+            raise KeyError(f"state_dict lacks {missing or 'nothing'} and has unexpected {unexpected or 'nothing'}")
+        for name, value in state.items():
+            here = wanted[name].data if name in parameters else wanted[name]
+            shape = tuple(wanted[name].shape)
+            if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != here.dtype:
+                got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                raise ValueError(f"{name} is {got}, must be {here.dtype} {shape}")
+            if name in parameters:
+                parameters[name].check_dense(name, value)
+        for name, value in state.items():
+            if name in parameters:
+                parameters[name].set_dense(value)
+            else:
+                buffers[name][...] = value
+
+    def __repr__(self):
+        inside = [f"({name}): {module!r}".replace("\n", "\n  ") for name, module in self.children()]
+        body = "\n  " + "\n  ".join(inside) + "\n" if inside else self._arguments()
+        return f"{type(self).__name__}({body})"
+
+    def _arguments(self):
+        """The constructor's arguments, for repr()."""
+        return ""
+
+
+def check_input(x, weight, ndim, channels, wanted):
+    """ValueError or TypeError unless the Blocked x has this ndim, these channels and the dtype of the Parameter."""
+    if x.ndim != ndim or x.array.shape[1] != channels:
+        raise ValueError(f"x has shape {x.shape}, must be {wanted}")
+    if x.dtype != weight.data.dtype:
+        raise TypeError(f"x has dtype {x.dtype}, the parameters have {weight.data.dtype}")

@@ -1,0 +1,5 @@
+"""Which weights exist."""
+
+from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, METHODS, sparsifiable, sparsify
+
+__all__ = ["DISTRIBUTIONS", "METHODS", "sparsifiable", "sparsify"]
