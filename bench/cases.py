@@ -1,0 +1,140 @@
+"""What the benchmarks compute: layer shapes from a file, the nets, and the same numbers for all.
+
+Both the scripts and the worker processes import this file, so that every peer gets the same
+weights, the same mask and the same inputs: they depend on the case alone.
+"""
+
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SHAPES = Path(__file__).parent / "shapes"
+FIELDS = {
+    "conv": ("in", "out", "kernel", "stride", "padding", "size", "batch"),
+    "linear": ("in", "out", "batch"),
+}
+# dense: places, among the layers with weights, that stay dense on every side. SparseProp's paper
+# (section 4.2) keeps the first convolution and the last linear layer so; the first layer of the
+# MLP holds 42 % of its weights and is sparse.
+NETS = {
+    "resnet20": {"image": (3, 32, 32), "batch": 128, "dense": (0, -1), "memory": True},
+    "resnet18": {"image": (3, 32, 32), "batch": 64, "dense": (0, -1), "memory": True},
+    "vgg11": {"image": (3, 32, 32), "batch": 64, "dense": (0, -1), "memory": False},
+    "lenet5": {"image": (1, 28, 28), "batch": 64, "dense": (0, -1), "memory": False},
+    "mlp": {"image": (1, 28, 28), "batch": 128, "dense": (-1,), "memory": False},
+}
+
+# Of every peer's optimiser. The rate is small, so that hundreds of steps on one batch stay tame.
+SGD = {"lr": 1e-3, "momentum": 0.9}
+
+
+def layer_cases(path):
+    """Cases of a shapes file: {"name", "kind", ...}, with the fields that FIELDS lists as ints."""
+    cases = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        kind, values = words[0], words[1:]
+        if kind not in FIELDS or len(values) != len(FIELDS[kind]):
+            raise ValueError(f"{path}, line {number}: {line!r}, wanted one of {FIELDS}")
+        case = {"kind": kind, **dict(zip(FIELDS[kind], map(int, values), strict=True))}
+        cases.append({"name": _layer_name(case), **case})
+    return cases
+
+
+def net_cases(all_sparse=False):
+    """Cases of whole training steps, one for each net of NETS; all_sparse: no layer stays dense."""
+    everywhere = {"dense": ()} if all_sparse else {}
+    return [{"name": name, "net": name, **net, **everywhere} for name, net in NETS.items()]
+
+
+def weight_shape(case):
+    """Shape of a layer's dense weight: OIHW or (out, in)."""
+    if case["kind"] == "linear":
+        return case["out"], case["in"]
+    return case["out"], case["in"], case["kernel"], case["kernel"]
+
+
+def input_shape(case):
+    if case["kind"] == "linear":
+        return case["batch"], case["in"]
+    return case["batch"], case["in"], case["size"], case["size"]
+
+
+def output_shape(case):
+    if case["kind"] == "linear":
+        return case["batch"], case["out"]
+    size = (case["size"] + 2 * case["padding"] - case["kernel"]) // case["stride"] + 1
+    return case["batch"], case["out"], size, size
+
+
+def forward_flops(case):
+    """Multiplications and additions of stored weights in a forward pass; backward has twice these.
+
+    Taps that fall on the padding count: every peer's kernels are judged by the same number.
+    """
+    stored = stored_weights(math.prod(weight_shape(case)), case["sparsity"])
+    pixels = math.prod(output_shape(case)) // case["out"]
+    return 2 * stored * pixels
+
+
+def stored_weights(size, sparsity):
+    return size - round(sparsity * size)
+
+
+def layer_arrays(case):
+    """(weight, mask, bias, x, dy) of a layer, float32, mask bool; weight is zero where mask is."""
+    rng = np.random.default_rng(0)
+    weight, mask = _sparse_weight(weight_shape(case), case["sparsity"], rng)
+    bias = rng.standard_normal(case["out"], dtype=np.float32)
+    x = rng.standard_normal(input_shape(case), dtype=np.float32)
+    dy = rng.standard_normal(output_shape(case), dtype=np.float32)
+    return weight, mask, bias, x, dy
+
+
+def net_arrays(case):
+    """A batch: images (N, C, H, W) float32 and labels (N,) int64 below 10."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((case["batch"], *case["image"]), dtype=np.float32)
+    return x, rng.integers(10, size=case["batch"])
+
+
+def net_weights(shapes, case):
+    """Initial parameters of a net by name, for {name: shape} in the net's order.
+
+    Returns (parameters, dense): the names of the layers that stay dense, without ".weight".
+    """
+    layers = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1]
+    dense = [layers[place] for place in case["dense"]]
+    parameters = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            fill = np.ones if name.endswith("weight") else np.zeros
+            parameters[name] = fill(shape, np.float32)
+        else:
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            sparsity = 0.0 if name.removesuffix(".weight") in dense else case["sparsity"]
+            parameters[name] = _sparse_weight(shape, sparsity, rng)[0]
+    return parameters, dense
+
+
+def _sparse_weight(shape, sparsity, rng):
+    """A weight with He's scale for the inputs that are left, and its random mask."""
+    size = math.prod(shape)
+    stored = stored_weights(size, sparsity)
+    mask = np.zeros(size, bool)
+    mask[rng.permutation(size)[:stored]] = True
+    scale = math.sqrt(2 * shape[0] / stored)
+    weight = rng.standard_normal(size, dtype=np.float32) * np.float32(scale) * mask
+    return weight.reshape(shape), mask.reshape(shape)
+
+
+def _layer_name(case):
+    if case["kind"] == "linear":
+        return f"linear-{case['in']}-{case['out']}-b{case['batch']}"
+    stride = f"s{case['stride']}" if case["stride"] > 1 else ""
+    kernel = f"{case['kernel']}x{case['kernel']}{stride}"
+    return f"conv{kernel}-{case['in']}-{case['out']}-{case['size']}-b{case['batch']}"

@@ -1,0 +1,24 @@
+"""Training: the loop, its history, callbacks and checkpoints."""
+
+from sparsetrain.train.callbacks import (
+    Callback,
+    Checkpoint,
+    CSVLog,
+    EarlyStopping,
+    EpochLines,
+    Progress,
+)
+from sparsetrain.train.history import History
+from sparsetrain.train.trainer import Trainer, TrainingDiverged
+
+__all__ = [
+    "CSVLog",
+    "Callback",
+    "Checkpoint",
+    "EarlyStopping",
+    "EpochLines",
+    "History",
+    "Progress",
+    "Trainer",
+    "TrainingDiverged",
+]

@@ -1,0 +1,142 @@
+"""What happens around the training loop: progress, log, checkpoints, early stopping."""
+
+import shutil
+import sys
+
+from tqdm import tqdm
+
+from sparsetrain import checks
+
+MONITORS = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+
+class Callback:
+    """Does nothing at each point of a run; subclass it and write the methods you need.
+
+    row is the epoch's row of the history; mean holds loss, accuracy and images_per_s of the epoch
+    up to this batch. Set `trainer.stop = True` to end the run after the epoch.
+    """
+
+    def on_fit_begin(self, trainer, epochs): ...
+
+    def on_epoch_begin(self, trainer, batches): ...
+
+    def on_batch_end(self, trainer, mean): ...
+
+    def on_epoch_end(self, trainer, row): ...
+
+    def on_fit_end(self, trainer): ...
+
+
+class EpochLines(Callback):
+    """Prints a line an epoch: loss, accuracy, images/s."""
+
+    def __init__(self, label=""):
+        self.label = label
+        self.last = None  # the run's last epoch
+
+    def on_fit_begin(self, trainer, epochs):
+        self.last = trainer.epoch + epochs
+
+    def on_epoch_end(self, trainer, row):
+        print(f"{self.title(row['epoch'])}: {_measures(row)}", flush=True)
+
+    def title(self, epoch):
+        """The start of an epoch's line."""
+        return f"{self.label} epoch {epoch}/{self.last}".strip()
+
+
+class Progress(EpochLines):
+    """On a terminal a bar during each epoch and a line after it; nothing anywhere else."""
+
+    def __init__(self, verbose=True, label="", file=None):
+        super().__init__(label)
+        self.file = sys.stderr if file is None else file
+        self.shown = verbose and self.file.isatty()
+        self.bar = None
+
+    def on_epoch_begin(self, trainer, batches):
+        # tqdm shows nothing on a terminal that gives its size as 0
+        columns, rows = shutil.get_terminal_size()
+        self.bar = tqdm(
+            total=batches,
+            desc=self.title(trainer.epoch + 1),
+            disable=not self.shown,
+            file=self.file,
+            leave=False,
+            bar_format="{desc} |{bar:10}| {elapsed}{postfix}",
+            ncols=columns,
+            nrows=rows,
+        )
+
+    def on_batch_end(self, trainer, mean):
+        self.bar.set_postfix_str(_measures(mean), refresh=False)
+        self.bar.update()
+
+    def on_epoch_end(self, trainer, row):
+        self.bar.close()
+        if self.shown:
+            print(f"{self.bar.desc}: {_measures(row)}", file=self.file, flush=True)
+
+    def on_fit_end(self, trainer):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class CSVLog(Callback):
+    """Writes the history to a CSV file after every epoch, as a whole."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_epoch_end(self, trainer, row):
+        trainer.history.write_csv(self.path)
+
+
+class Checkpoint(Callback):
+    """Saves the run: before the first epoch and after every so many, or after each best epoch.
+
+    best: None, or the column whose best value so far an epoch must reach to be saved.
+    """
+
+    def __init__(self, path, best=None, every=1):
+        self.path = path
+        self.best = best if best is None else checks.one_of("best", best, MONITORS)
+        self.every = checks.integer("every", every, low=1)
+
+    def on_fit_begin(self, trainer, epochs):
+        if self.best is None:
+            trainer.save(self.path)
+
+    def on_epoch_end(self, trainer, row):
+        if self.best is not None:
+            due = trainer.history.best(self.best) == len(trainer.history) - 1
+        else:
+            due = row["epoch"] % self.every == 0
+        if due:
+            trainer.save(self.path)
+
+
+class EarlyStopping(Callback):
+    """Ends the run when the monitored column had no new best value for so many epochs."""
+
+    def __init__(self, patience, monitor="val_loss"):
+        self.patience = checks.integer("patience", patience, low=1)
+        self.monitor = checks.one_of("monitor", monitor, MONITORS)
+
+    def on_epoch_end(self, trainer, row):
+        since = len(trainer.history) - 1 - trainer.history.best(self.monitor)
+        trainer.stop = trainer.stop or since >= self.patience
+
+
+def _measures(row):
+    formats = {
+        "loss": "loss {:.3f}",
+        "accuracy": "accuracy {:.3f}",
+        "images_per_s": "{:,.0f} images/s",
+        "val_loss": "validation loss {:.3f}",
+        "val_accuracy": "accuracy {:.3f}",
+    }
+    return ", ".join(
+        text.format(row[name]) for name, text in formats.items() if row.get(name) is not None
+    )

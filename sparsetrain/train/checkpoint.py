@@ -1,0 +1,236 @@
+"""A run as one .npz file: numbers only, never a pickle.
+
+Arrays: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz
+values, so removed weights are not there; "slot/<name>/<slot>"; "buffer/<name>". The rest is JSON in
+the bytes of "meta": how to build model and optimiser again, counters, history, generator state.
+"""
+
+import inspect
+import json
+import zipfile
+import zlib
+
+import numpy as np
+
+from sparsetrain import nn, optim, rng
+from sparsetrain.sparse import Parameter, SparseParameter
+from sparsetrain.train.files import replacing
+from sparsetrain.train.history import History
+
+FORMAT = 1
+
+
+def save(trainer, path):
+    """Write the trainer's run to path, replacing it as a whole. See Trainer.save."""
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    optimizer = trainer.optimizer
+    for name, parameter in zip(optimizer.names, optimizer.params, strict=True):
+        if id(parameter) not in names:
+            raise ValueError(f"optimizer holds {name}, which is not a parameter of the model")
+    meta = {
+        "format": FORMAT,
+        "model": describe(trainer.model),
+        "shapes": {name: list(p.shape) for name, p in trainer.model.named_parameters()},
+        "optimizer": {
+            "class": _own_name(optim, type(optimizer)),
+            "settings": optimizer.state_dict()["settings"],
+            "steps": optimizer.steps,
+            "parameters": [names[id(p)] for p in optimizer.params],
+        },
+        "loss": _own_name(nn, trainer.loss),
+        "label_smoothing": trainer.label_smoothing,
+        "schedule": trainer.schedule is not None,
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "history": list(trainer.history),
+        "rng": rng.generator().bit_generator.state,
+    }
+    arrays = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+    for name, parameter in trainer.model.named_parameters():
+        arrays[f"parameter/{name}/data"] = parameter.data
+        if isinstance(parameter, SparseParameter):
+            arrays[f"parameter/{name}/indptr"] = parameter.indptr
+            arrays[f"parameter/{name}/indices"] = parameter.indices
+        for slot, array in parameter.slots.items():
+            arrays[f"slot/{name}/{slot}"] = array
+    for name, buffer in trainer.model.named_buffers():
+        arrays[f"buffer/{name}"] = buffer
+    with replacing(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def resume(trainer_class, path, model, optimizer, settings):
+    """The trainer saved at path. See Trainer.resume."""
+    meta, arrays = read(path)
+    if optimizer is not None and model is None:
+        raise ValueError("optimizer is given without model, it must hold that model's parameters")
+    if meta["schedule"] and "schedule" not in settings:
+        raise ValueError(
+            f"{path} ran with a schedule, a function that no file can hold: give schedule=, "
+            f"or schedule=None to go on with lr {meta['optimizer']['settings']['lr']}"
+        )
+    if meta["loss"] is None and "loss" not in settings:
+        raise ValueError(f"{path} ran with a loss that is not one of nn's: give loss=")
+    settings = {
+        "loss": meta["loss"] and getattr(nn, meta["loss"]),
+        "label_smoothing": meta["label_smoothing"],
+        **settings,
+    }
+    model = build(meta["model"]) if model is None else model
+    parameters = _parameters(path, meta, arrays, model)
+    buffers = _buffers(path, arrays, model)
+    names = meta["optimizer"]["parameters"]
+    if optimizer is None:
+        optimizer = _build_optimizer(path, meta["optimizer"], parameters)
+    else:
+        _check_optimizer(path, meta["optimizer"], optimizer, model)
+    trainer = trainer_class(model, optimizer, **settings)
+
+    # Everything fits: from here on nothing can fail.
+    for name, parameter in parameters.items():
+        module, attribute = _owner(model, name)
+        setattr(module, attribute, parameter)
+    for name, buffer in model.named_buffers():
+        buffer[...] = buffers[name]
+    optimizer.params = [parameters[name] for name in names]
+    optimizer.steps = list(meta["optimizer"]["steps"])
+    trainer.step, trainer.epoch = meta["step"], meta["epoch"]
+    trainer.history = History(meta["history"])
+    rng.generator().bit_generator.state = meta["rng"]
+    return trainer
+
+
+def read(path):
+    """The metadata and the arrays of the checkpoint at path; ValueError if it is not one."""
+    try:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            arrays = {key: archive[key] for key in archive.files}
+        meta = json.loads(arrays.pop("meta").tobytes())
+        version = meta["format"]
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, AttributeError) as e:
+        raise ValueError(f"{path} is not a checkpoint of sparsetrain, or is damaged ({e})") from e
+    if version != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
+    return meta, arrays
+
+
+def describe(module):
+    """How to build this module again: its class and constructor arguments, down the tree.
+
+    An argument is taken from the attribute of the same name; a layer of a class that is not
+    sparsetrain's own is only named.
+    """
+    kind = type(module)
+    if _own_name(nn, kind) is None:
+        return {"foreign": kind.__qualname__}
+    children = dict(module.children())
+    arguments = {}
+    for name, argument in inspect.signature(kind).parameters.items():
+        if argument.kind is inspect.Parameter.VAR_POSITIONAL:
+            return {"class": kind.__name__, "layers": [describe(m) for m in children.values()]}
+        if name in children:
+            arguments[name] = describe(children[name])
+        else:
+            value = getattr(module, name)
+            # bias=True makes the attribute `bias` a Parameter, bias=False makes it None.
+            arguments[name] = value is not None if isinstance(argument.default, bool) else value
+    return {"class": kind.__name__, "arguments": arguments}
+
+
+def build(description):
+    """The module that `describe` described, newly initialised."""
+    if "foreign" in description:
+        raise ValueError(
+            f"the saved model has a layer of class {description['foreign']}, which is not "
+            "sparsetrain's own: give resume() a model= to fill"
+        )
+    kind = getattr(nn, description["class"])
+    if "layers" in description:
+        return kind(*(build(layer) for layer in description["layers"]))
+    return kind(**{name: _argument(v) for name, v in description["arguments"].items()})
+
+
+def _argument(value):
+    if isinstance(value, dict):
+        return build(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _own_name(module, thing):
+    """The name of a class or function if it is the one that module has by it, else None."""
+    name = getattr(thing, "__name__", "")
+    return name if getattr(module, name, None) is thing else None
+
+
+def _owner(model, name):
+    """The module that holds the parameter of this name, and its attribute there."""
+    path, _, attribute = name.rpartition(".")
+    return dict(model.named_modules())[path], attribute
+
+
+def _parameters(path, meta, arrays, model):
+    """The saved parameters with their slots, by name, after checking that the model has them."""
+    present = dict(model.named_parameters())
+    _same_names(path, "parameter", meta["shapes"], present)
+    parameters = {}
+    for name, shape in meta["shapes"].items():
+        if tuple(shape) != tuple(present[name].shape):
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(shape)}, the model's has {present[name].shape}"
+            )
+        data = arrays[f"parameter/{name}/data"]
+        if data.dtype != present[name].data.dtype:
+            raise ValueError(
+                f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}"
+            )
+        if f"parameter/{name}/indptr" in arrays:
+            structure = (arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices"))
+            parameters[name] = SparseParameter(tuple(shape), *structure, data)
+        else:
+            parameters[name] = Parameter(data)
+        prefix = f"slot/{name}/"
+        for key in arrays:
+            if key.startswith(prefix):
+                parameters[name].slots[key[len(prefix) :]] = arrays[key]
+    return parameters
+
+
+def _buffers(path, arrays, model):
+    prefix = "buffer/"
+    saved = {key[len(prefix) :]: a for key, a in arrays.items() if key.startswith(prefix)}
+    present = dict(model.named_buffers())
+    _same_names(path, "buffer", saved, present)
+    for name, array in saved.items():
+        if array.shape != present[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {array.shape}, the model's has {present[name].shape}"
+            )
+    return saved
+
+
+def _same_names(path, what, saved, present):
+    missing = [name for name in present if name not in saved]
+    unexpected = [name for name in saved if name not in present]
+    if missing:
+        raise ValueError(f"{path} lacks {what} {missing[0]}, which the model has")
+    if unexpected:
+        raise ValueError(f"{path} has {what} {unexpected[0]}, which the model lacks")
+
+
+def _build_optimizer(path, saved, parameters):
+    if saved["class"] is None:
+        raise ValueError(f"{path} ran with an optimiser of your own: give model= and optimizer=")
+    kind = getattr(optim, saved["class"])
+    return kind([(name, parameters[name]) for name in saved["parameters"]], **saved["settings"])
+
+
+def _check_optimizer(path, saved, optimizer, model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names.get(id(p)) for p in optimizer.params]
+    if held != saved["parameters"]:
+        raise ValueError(
+            f"{path}: the optimiser held the parameters {saved['parameters']}, this one has {held}"
+        )
+    if saved["class"] not in (None, type(optimizer).__name__):
+        raise ValueError(f"{path} ran with {saved['class']}, this is {type(optimizer).__name__}")

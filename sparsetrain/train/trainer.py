@@ -1,0 +1,224 @@
+"""The training loop."""
+
+import math
+import time
+
+import numpy as np
+
+from sparsetrain import checks, nn
+from sparsetrain.arrays import unpack
+from sparsetrain.nn.summary import evaluating
+from sparsetrain.train import checkpoint
+from sparsetrain.train.callbacks import Callback
+from sparsetrain.train.history import History
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or a weight became NaN or infinite."""
+
+
+class Trainer:
+    """Trains a model with an optimiser, and measures it.
+
+    loss: a function (outputs, y) -> (loss, gradient); label_smoothing needs cross_entropy.
+    schedule: a function of the step that sets optimizer.lr before each step, or None.
+    callbacks: `Callback` objects, called in this order.
+
+    Data are batches (x, y) from anything that can be iterated over once an epoch, such as
+    `data.Batches`; where it has an `epoch` attribute, that is set before each pass. Accuracy is
+    measured where outputs are (N, K) and y is (N,) integers, else it is None.
+
+    `step` and `epoch` count what is done; `history` holds a row for each epoch.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        *,
+        loss=nn.cross_entropy,
+        label_smoothing=0.0,
+        schedule=None,
+        callbacks=(),
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, must be a nn.Module")
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(f"callbacks holds {callback!r}, which is not a Callback")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.label_smoothing = checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+        if self.label_smoothing and loss is not nn.cross_entropy:
+            raise ValueError("label_smoothing is for nn.cross_entropy, loss is another function")
+        self.schedule = schedule
+        self.callbacks = list(callbacks)
+        self.history = History()
+        self.step = 0
+        self.epoch = 0
+        self.stop = False
+
+    def fit(self, train, epochs, validation=None):
+        """Train for so many more epochs and return the history of the whole run.
+
+        validation: batches on which to `evaluate` after each epoch. Ctrl-C ends the run and
+        returns the history so far with `interrupted` True. TrainingDiverged, naming the step and
+        the layer, when the loss or a weight is not finite; files already written stay.
+        """
+        epochs = checks.integer("epochs", epochs, low=1)
+        self.history.interrupted = self.stop = False
+        try:
+            self._call("on_fit_begin", epochs)
+            # What is not finite becomes an error below; NumPy's warnings would only come before it.
+            with np.errstate(over="ignore", invalid="ignore"):
+                for _ in range(epochs):
+                    self._epoch(train, validation)
+                    if self.stop:
+                        break
+        except KeyboardInterrupt:
+            self.history.interrupted = True
+        finally:
+            self._call("on_fit_end")
+        return self.history
+
+    def train_step(self, x, y):
+        """One step on one batch, in the model's present mode; returns the loss and the outputs."""
+        if self.schedule is not None:
+            self.optimizer.lr = self.schedule(self.step)
+        self.optimizer.zero_grad()
+        outputs = self.model(x)
+        if self.label_smoothing:
+            loss, gradient = self.loss(outputs, y, label_smoothing=self.label_smoothing)
+        else:
+            loss, gradient = self.loss(outputs, y)
+        if not math.isfinite(loss):
+            raise self._diverged(f"loss is {loss} at step {self.step + 1}", x)
+        self.model.backward(gradient, input_gradient=False)
+        self.optimizer.step()
+        self.step += 1
+        return loss, outputs
+
+    def evaluate(self, batches):
+        """Mean loss (without label smoothing) and accuracy over batches, in evaluation mode.
+
+        Returns {"loss", "accuracy"}. TrainingDiverged if the loss is not finite.
+        """
+        means = Means()
+        with evaluating(self.model):
+            for x, y in batches:
+                outputs = self.model(x)
+                loss, _ = self.loss(outputs, y)
+                if not math.isfinite(loss):
+                    raise self._diverged(f"evaluation loss is {loss} after step {self.step}", x)
+                means.add(loss, outputs, y)
+        return means.result("batches")
+
+    def predict(self, data, batch_size=256):
+        """Outputs of the model in evaluation mode, (N, K), in the order of the data.
+
+        data: an array of inputs, cut into batches of batch_size, or batches (x, y) or x.
+        """
+        if isinstance(data, np.ndarray):
+            size = checks.integer("batch_size", batch_size, low=1)
+            data = [data[i : i + size] for i in range(0, len(data), size)]
+        with evaluating(self.model):
+            outputs = [self.model(b[0] if isinstance(b, tuple) else b) for b in data]
+        if not outputs:
+            raise ValueError("data is empty, must hold at least one input")
+        return np.concatenate(outputs)
+
+    def save(self, path):
+        """Write a checkpoint, replacing path as a whole. See `resume`."""
+        checkpoint.save(self, path)
+
+    @classmethod
+    def resume(cls, path, model=None, optimizer=None, **settings):
+        """The Trainer that was saved at path, ready to go on.
+
+        After an epoch's end, going on gives bit for bit what the uninterrupted run gives.
+        model and optimizer are rebuilt unless given; a given optimizer must hold the given
+        model's parameters, and keeps its settings. settings are Trainer's own: label_smoothing
+        is restored unless given; a loss of your own and a schedule are functions, which a file
+        cannot hold, so give them again. ValueError names the first thing that does not fit, and
+        then model and optimizer are untouched.
+        """
+        return checkpoint.resume(cls, path, model, optimizer, settings)
+
+    def _epoch(self, train, validation):
+        if hasattr(train, "epoch"):
+            train.epoch = self.epoch
+        self._call("on_epoch_begin", len(train) if hasattr(train, "__len__") else None)
+        self.model.train()
+        means = Means()
+        for x, y in train:
+            loss, outputs = self.train_step(x, y)
+            means.add(loss, outputs, y)
+            self._call("on_batch_end", means.result("train") | means.speed())
+        row = {"epoch": self.epoch + 1, "step": self.step} | means.result("train")
+        row |= {"val_loss": None, "val_accuracy": None, "lr": self.optimizer.lr}
+        row |= means.speed() | {"time_s": means.time_s()}
+        self._check_weights()
+        if validation is not None:
+            row |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
+        self.epoch += 1
+        self.history.append(row)
+        self._call("on_epoch_end", row)
+
+    def _call(self, point, *arguments):
+        for callback in self.callbacks:
+            getattr(callback, point)(self, *arguments)
+
+    def _check_weights(self):
+        for name, parameter in self.model.named_parameters():
+            if not np.isfinite(parameter.data).all():
+                raise TrainingDiverged(f"{name} is no longer finite after step {self.step}")
+
+    def _diverged(self, what, x):
+        """The error for a loss that is not finite, with the first place where that shows."""
+        where = "the loss, every layer's output is finite"
+        if not np.isfinite(x).all():
+            where = "the input batch"
+        else:
+            found = []
+
+            def look(name, module, phase, seconds, y):
+                if not found and not np.isfinite(unpack(y)).all():
+                    whole = all(np.isfinite(p.data).all() for p in module.parameters())
+                    why = "" if whole else ", whose parameters are no longer finite"
+                    found.append(f"the output of layer {name} ({type(module).__name__}){why}")
+
+            with nn.no_grad(), nn.observe(self.model, look):
+                self.model(x)
+            where = found[0] if found else where
+        return TrainingDiverged(f"{what} (epoch {self.epoch + 1}); first not finite: {where}")
+
+
+class Means:
+    """Running means of loss and accuracy over the images of an epoch, and their speed."""
+
+    def __init__(self):
+        self.images = 0
+        self.loss = 0.0
+        self.correct = 0
+        self.start = time.perf_counter()
+
+    def add(self, loss, outputs, y):
+        self.images += len(outputs)
+        self.loss += float(loss) * len(outputs)
+        if self.correct is not None and outputs.ndim == 2 and y.ndim == 1 and y.dtype.kind in "iu":
+            self.correct += int((outputs.argmax(axis=1) == y).sum())
+        else:
+            self.correct = None
+
+    def result(self, argument):
+        if self.images == 0:
+            raise ValueError(f"{argument} gave no batches, must give at least one")
+        accuracy = None if self.correct is None else self.correct / self.images
+        return {"loss": self.loss / self.images, "accuracy": accuracy}
+
+    def time_s(self):
+        return time.perf_counter() - self.start
+
+    def speed(self):
+        return {"images_per_s": self.images / self.time_s()}

@@ -1,0 +1,26 @@
+"""Fixtures of the layers' tests."""
+
+import numpy as np
+import pytest
+
+import sparsetrain as st
+
+
+@pytest.fixture
+def same_bits():
+    """A function that fails unless run() returns the same bits on 1, 2 and 3 threads, one seed."""
+    before = st.get_num_threads()
+
+    def check(run):
+        results = []
+        for threads in (1, 2, 3):
+            st.set_num_threads(threads)
+            st.manual_seed(0)
+            results.append([np.ascontiguousarray(a) for a in run()])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                np.testing.assert_array_equal(b, a)
+                assert b.tobytes() == a.tobytes()
+
+    yield check
+    st.set_num_threads(before)
