@@ -44,9 +44,13 @@ class Blocked:
         _, c, h, w, _ = self.array.shape
         return empty(self.n, c, h, w, self.dtype, halo, self.ndim)
 
+    def has_halo(self, halo):
+        """Whether the halo is at least `halo`."""
+        return self.halo[0] >= halo[0] and self.halo[1] >= halo[1]
+
     def with_halo(self, halo):
         """This array if its halo is at least `halo`, else a copy that has it."""
-        if self.halo[0] >= halo[0] and self.halo[1] >= halo[1]:
+        if self.has_halo(halo):
             return self
         wider = self.like((max(halo[0], self.halo[0]), max(halo[1], self.halo[1])))
         core.copy(self.array, wider.array)

@@ -46,8 +46,11 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     return y
 
 
-def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0)):
-    """dx of conv2d(); adds the gradients of weight and bias. No dx if halo is None."""
+def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
+    """dx of conv2d(), added to the Blocked `into` if given; adds the gradients of weight and bias too.
+
+    No dx if halo is None.
+    """
     kernel = (*weight.shape, 1, 1)[2:4]
     x = x.with_halo(geometry.padding)
     if bias is not None:
@@ -58,9 +61,9 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0)):
     if halo is None:
         return None
     dy = dy.with_halo(geometry.grad_halo(kernel))
-    dx = x.like(halo)
+    dx = x.like(halo) if into is None else into
     for step in _planned(weight, "input", geometry, plans.input_gradient, dy, dx):
-        core.spmm(step.plan, dy.array, _values(weight, step), None, dx.array)
+        core.spmm(step.plan, dy.array, _values(weight, step), None, dx.array, into is not None)
     return dx
 
 
@@ -72,8 +75,8 @@ def relu(x, halo=(0, 0)):
 
 
 def relu_backward(y, dy, halo=(0, 0)):
-    """dx of relu(), from its output."""
-    dx = y.like(halo)
+    """dx of relu(), from its output; written into dy where that has the halo."""
+    dx = dy if dy.has_halo(halo) else y.like(halo)
     core.relu_backward(y.array, dy.array, dx.array)
     return dx
 

@@ -5,11 +5,12 @@ columns are (input channel, kernel row, kernel column). Gradient and optimiser s
 """
 
 import math
+import sys
 
 import numpy as np
 import scipy.sparse
 
-from sparsetrain import arrays
+from sparsetrain import arrays, checks
 
 
 class Structure:
@@ -20,20 +21,26 @@ class Structure:
     """
 
     def __init__(self, shape, indptr=None, indices=None):
-        self.shape = tuple(int(n) for n in shape)
+        self.shape = shape = tuple(checks.integer("shape", n, low=0) for n in shape)
         self.dense = indptr is None
         self.plans = {}
-        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        if not self.dense and (len(shape) not in (2, 4) or min(shape) < 1):
+            raise ValueError(f"shape is {shape}, must be (out, in) or (out, in, height, width), each at least 1")
+        rows, columns = shape[0], math.prod(shape[1:])
         if rows * columns >= 2**31:
-            raise ValueError(f"weight has shape {self.shape}: 2**31 weights or more")
+            raise ValueError(f"shape is {shape}: that is 2**31 weights or more")
         if self.dense:
             self.nnz = rows * columns
             return
         for name, index in (("indptr", indptr), ("indices", indices)):
             if not isinstance(index, np.ndarray) or index.dtype != np.int32 or index.ndim != 1:
-                raise TypeError(f"{name} must be a one-dimensional int32 array")
-        if len(indptr) != rows + 1 or indptr[0] != 0 or indptr[-1] != len(indices):
-            raise ValueError(f"indptr must have {rows + 1} numbers from 0 to {len(indices)}, the length of indices")
+                raise TypeError(f"{name} is {_described(index)}, must be a one-dimensional int32 array")
+        if len(indptr) != rows + 1:
+            raise ValueError(f"indptr has length {len(indptr)}, must have {rows + 1}, one more than rows")
+        if indptr[0] != 0 or indptr[-1] != len(indices):
+            raise ValueError(
+                f"indptr goes from {indptr[0]} to {indptr[-1]}, must go from 0 to {len(indices)}, the length of indices"
+            )
         if (np.diff(indptr) < 0).any():
             raise ValueError("indptr falls; it must ascend")
         if len(indices) and (indices.min() < 0 or indices.max() >= columns):
@@ -46,6 +53,12 @@ class Structure:
         self.nnz = len(indices)
         self.indptr, self.indices = indptr.copy(), indices.copy()
         self.indptr.flags.writeable = self.indices.flags.writeable = False
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
 
     def csr(self):
         """(indptr, indices), also where every weight is stored."""
@@ -60,10 +73,24 @@ class Structure:
         return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(indptr))
 
 
+def _described(value):
+    """Dtype and shape of an array, the type of anything else."""
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+
+
+def _check_values(name, values):
+    if not isinstance(values, np.ndarray) or values.dtype not in arrays.DTYPES:
+        raise TypeError(f"{name} is {_described(values)}, must be a float32 or float64 array")
+
+
 class Parameter:
-    """A dense array that is trained: `data`, `grad` (None, or shaped as data) and optimiser `slots` (name -> array)."""
+    """A dense array that is trained: `data`, `grad` (None, or shaped as data) and optimiser `slots` (name -> array).
+
+    data is a float32 or float64 array of any shape, else TypeError.
+    """
 
     def __init__(self, data):
+        _check_values("data", data)
         self.data = np.ascontiguousarray(data)
         self.structure = Structure(self.data.shape)
         self.grad, self.slots, self._buffer = None, {}, None
@@ -98,7 +125,10 @@ class Parameter:
         """(array, accumulate): where backward writes the gradient, and whether it adds to what is there."""
         accumulate = self.grad is not None
         if not accumulate:
-            if self._buffer is None or self._buffer.shape != self.data.shape or self._buffer.dtype != self.data.dtype:
+            # The last gradient's memory again, unless somebody still holds that array: 2 references are the
+            # attribute and getrefcount's own.
+            old = self._buffer is not None and self._buffer.dtype == self.data.dtype
+            if not old or sys.getrefcount(self._buffer) > 2:
                 self._buffer = np.empty_like(self.data)
             self.grad = self._buffer
         return self.grad, accumulate
@@ -137,16 +167,20 @@ class SparseParameter(Parameter):
 
     def __init__(self, shape, indptr, indices, data):
         self.structure = Structure(shape, indptr, indices)
-        if not isinstance(data, np.ndarray) or data.dtype not in arrays.DTYPES or data.shape != (self.nnz,):
-            raise ValueError(f"data must be a float32 or float64 array of {self.nnz} values, the length of indices")
+        _check_values("data", data)
+        if data.shape != (self.nnz,):
+            raise ValueError(f"data has shape {data.shape}, must be ({self.nnz},), the length of indices")
         self.data = data.copy()
         self.grad, self.slots, self._buffer = None, {}, None
 
     @staticmethod
     def from_dense(weight, mask):
         """The weights of a dense array where the boolean array `mask` is true."""
-        if mask.shape != weight.shape or mask.dtype != bool:
-            raise ValueError(f"mask is {mask.dtype} {mask.shape}, must be bool {weight.shape}")
+        _check_values("weight", weight)
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool:
+            raise TypeError(f"mask is {_described(mask)}, must be a bool array")
+        if mask.shape != weight.shape:
+            raise ValueError(f"mask has shape {mask.shape}, must be {weight.shape} as weight")
         parameter = Parameter(weight)
         parameter.keep(mask)
         return parameter

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import reference as ref
+import reference as ref
 
 torch = pytest.importorskip("torch")
 

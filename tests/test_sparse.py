@@ -6,7 +6,7 @@ import scipy.sparse
 from hypothesis import given
 
 from sparsetrain.sparse import Parameter, SparseParameter
-from tests.strategies import masked_weights, quick
+from strategies import masked_weights, quick
 
 # A 3 x 4 matrix with an empty row in the middle: [[1 0 2 0], [0 0 0 0], [0 3 4 5]].
 INDPTR = np.array([0, 2, 2, 5], np.int32)

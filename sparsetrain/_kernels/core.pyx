@@ -173,7 +173,7 @@ def relu(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y):
 
 
 def relu_backward(floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy, floating[:, :, :, :, :] dx):
-    """dx[:] = dy where y > 0, else 0."""
+    """dx[:] = 0 where y <= 0, else dy; dx may be dy."""
     same_shape(y, dy)
     same_shape(y, dx)
     cdef:
@@ -247,10 +247,13 @@ def batch_norm(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, long images
 
 
 def batch_norm_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
-                        floating[:, :, :, :, :] dx, long images, const floating[::1] gamma,
+                        floating[:, :, :, :, :] dx, long images, const floating[::1] gamma, const floating[::1] beta,
                         floating[::1] mean, floating[::1] var, floating[::1] dgamma, floating[::1] dbeta,
                         double eps, bint training, bint relu, floating[:, :, :, :, :] dadd=None):
-    """Gradients of batch_norm(): writes dx, and dadd if given; adds to dgamma and dbeta. y is read if `relu`."""
+    """Gradients of batch_norm(): writes dx, and dadd if given; adds to dgamma and dbeta.
+
+    dx may be dy. With `relu`, y says where it let pass; y None: nothing was added, and it is formed again from x.
+    """
     same_shape(x, dy)
     same_shape(x, dx)
     cdef:
@@ -261,18 +264,21 @@ def batch_norm_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, fl
     same_length("gamma", gamma.shape[0], n)
     same_length("mean", mean.shape[0], n)
     same_length("var", var.shape[0], n)
+    same_length("beta", beta.shape[0], n)
     same_length("dgamma", dgamma.shape[0], n)
     same_length("dbeta", dbeta.shape[0], n)
     a.shape = shape_of(x, images)
     a.x, a.dy, a.dx = view(x), view(dy), view(dx)  # OUT dx
-    if relu:
+    a.y.data = NULL
+    if y is not None:
         same_shape(x, y)
         a.y = view(y)
     a.dadd.data = NULL
     if dadd is not None:
         same_shape(x, dadd)
         a.dadd = view(dadd)  # OUT
-    a.gamma, a.mean, a.var, a.eps, a.training, a.relu = &gamma[0], &mean[0], &var[0], eps, training, relu
+    a.gamma, a.beta, a.eps, a.training, a.relu = &gamma[0], &beta[0], eps, training, relu
+    a.mean, a.var = &mean[0], &var[0]
     a.dgamma, a.dbeta = &dgamma[0], &dbeta[0]  # OUT
     threads = team(n, size(a.shape))
     chunks = chunks_of(n, threads)
@@ -446,12 +452,17 @@ cdef floating[::1] borrow(long n, floating example):
 
 
 def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
-         floating[:, :, :, :, :] y):
-    """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]]; bias may be None."""
+         floating[:, :, :, :, :] y, bint accumulate=False):
+    """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]].
+
+    bias may be None; accumulate: add to y.
+    """
     cdef:
         Product[floating] a = product(plan, x, y)  # OUT y
         long n = plan.n_tiles * plan.n_chunks, i
         int threads = team(n, plan.work / 8)
+        # Neighbouring tiles share rows of x: a thread takes a run of them.
+        long run = max(1, n // (8 * threads))
         long each = (plan.rows + plan.rows_at_once) * plan._tile[1] * plan._tile[2] * 16
         floating[::1] scratch = borrow(each * threads, <floating>0)
         floating *s = &scratch[0]
@@ -460,7 +471,8 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         same_length("bias", bias.shape[0], plan.rows)
     a.values = &values[0] if plan.n_values else NULL
     a.bias = &bias[0] if bias is not None else NULL
-    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+    a.accumulate = accumulate
+    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.spmm(&a, i, s + each * threadid())
     _scratch.append(scratch.base.base)
 

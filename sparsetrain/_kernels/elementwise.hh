@@ -26,7 +26,7 @@ template <class T> void relu(Shape s, View<T> x, View<T> y, long begin, long end
     map2(s, x, x, y, begin, end, [](V<T> a, V<T>) { return a < 0 ? V<T>{} : a; });
 }
 template <class T> void relu_backward(Shape s, View<T> y, View<T> dy, View<T> dx, long begin, long end) {
-    map2(s, y, dy, dx, begin, end, [](V<T> a, V<T> g) { return a > 0 ? g : V<T>{}; });
+    map2(s, y, dy, dx, begin, end, [](V<T> a, V<T> g) { return a <= 0 ? V<T>{} : g; });
 }
 
 template <class T> void add(Shape s, View<T> a, View<T> b, View<T> y, long begin, long end) {

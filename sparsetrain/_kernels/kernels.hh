@@ -41,6 +41,7 @@ template <class T> struct Product {
     long y_channel;
     const T *values;
     const T *bias;           // or null
+    bool accumulate;         // add to y
     T *dvalues;              // sddmm: parts arrays of n_values partial gradients
     const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
     long n_values, parts;

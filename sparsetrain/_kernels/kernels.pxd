@@ -33,6 +33,7 @@ cdef extern from "dispatch.hh" nogil:
         long y_channel
         const T *values
         const T *bias
+        bint accumulate
         T *dvalues
         const int32_t *first_value
         long n_values, parts

@@ -57,7 +57,8 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
             const double mean = d1.total / n, var = d2.total / n - mean * mean;
             a->mean[c] = T(near + mean), a->var[c] = T(var > 0 || var != var ? var : 0);
         }
-        const T scale = T(a->gamma[c] / __builtin_sqrt(a->var[c] + a->eps)), shift = a->beta[c] - a->mean[c] * scale;
+        const double inverse = 1 / __builtin_sqrt(a->var[c] + a->eps);
+        const T scale = T(a->gamma[c] * inverse), shift = a->beta[c] - a->mean[c] * scale;
         for (long b = 0; b < s.blocks; b++)
             for (long h = 0; h < s.height; h++) {
                 const T *x = pixel_row(a->x, b, c, h), *other = a->add.data ? pixel_row(a->add, b, c, h) : nullptr;
@@ -81,31 +82,37 @@ template <class T> void batch_norm_backward(const BatchNorm<T> *a, long begin, l
     for (long c = begin; c < end; c++) {
         const T mean = a->mean[c];
         const double inverse = 1 / __builtin_sqrt(a->var[c] + a->eps);
+        const T scale = T(a->gamma[c] * inverse), shift = a->beta[c] - mean * scale;
+        // Where ReLU let pass: from y if something was added, else formed again from x, which is read anyway.
+        const bool from_y = a->relu && a->y.data, from_x = a->relu && !a->y.data;
         Sum<T> sg, sgx;
         for_channel<T>(s, [&](long b, long h) {
             const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h);
-            const T *y = a->relu ? pixel_row(a->y, b, c, h) : nullptr;
+            const T *y = from_y ? pixel_row(a->y, b, c, h) : nullptr;
             for (long i = 0; i < width; i += L) {
+                const V<T> v = load(x + i);
                 V<T> g = load(dy + i);
-                if (y) g = load(y + i) > 0 ? g : V<T>{};
+                if (from_y) g = load(y + i) <= 0 ? V<T>{} : g;
+                if (from_x) g = v * scale + shift <= 0 ? V<T>{} : g;
                 const int odd = i / L % 2;
-                sg.v[odd] += g, sgx.v[odd] += g * (load(x + i) - mean);
+                sg.v[odd] += g, sgx.v[odd] += g * (v - mean);
             }
         }, [&] { sg.flush(), sgx.flush(); });
         a->dbeta[c] += T(sg.total), a->dgamma[c] += T(sgx.total * inverse);
-        const T scale = T(a->gamma[c] * inverse);
         const T mean_g = a->training ? T(sg.total / n) : T(0);
         const T slope = a->training ? T(sgx.total / n * inverse * inverse) : T(0);
         for (long b = 0; b < s.blocks; b++)
             for (long h = 0; h < s.height; h++) {
                 const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h), *in = lanes[b];
-                const T *y = a->relu ? pixel_row(a->y, b, c, h) : nullptr;
+                const T *y = from_y ? pixel_row(a->y, b, c, h) : nullptr;
                 T *dx = pixel_row(a->dx, b, c, h), *dadd = a->dadd.data ? pixel_row(a->dadd, b, c, h) : nullptr;
                 for (long i = 0; i < width; i += L) {
+                    const V<T> v = load(x + i);
                     V<T> g = load(dy + i);
-                    if (y) g = load(y + i) > 0 ? g : V<T>{};
+                    if (from_y) g = load(y + i) <= 0 ? V<T>{} : g;
+                    if (from_x) g = v * scale + shift <= 0 ? V<T>{} : g;
                     if (dadd) store(dadd + i, g);
-                    store(dx + i, scale * (g - mean_g - (load(x + i) - mean) * slope) * load(in + i % IMAGES));
+                    store(dx + i, scale * (g - mean_g - (v - mean) * slope) * load(in + i % IMAGES));
                 }
             }
     }

@@ -23,10 +23,15 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
             T *part = scratch + s->row * (R * W * IMAGES) + lane;
             const int32_t *offset = a.offsets + s->entry, *stop = offset + s->count;
             const T *value = a.values + s->value, *xl = x + lane;
+            T *out = y + s->row * a.y_channel + lane;
             if (s->flags & FIRST) {
                 UNROLL for (int u = 0; u < U; u++) {
-                    const V<T> b = splat(a.bias && s->row + u < a.rows ? a.bias[s->row + u] : T(0));
+                    const bool real = U == 1 || s->row + u < a.rows;  // the last rows_at_once may pass the end
+                    const V<T> b = splat(a.bias && real ? a.bias[s->row + u] : T(0));
                     UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = b;
+                    if (a.accumulate && real)
+                        UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
+                            acc[u][r][w] += load(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2]);
                 }
             } else {
                 UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
@@ -42,11 +47,9 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                 }
             }
             if (s->flags & LAST) {
-                UNROLL for (int u = 0; u < U; u++) if (U == 1 || s->row + u < a.rows) {
-                    T *out = y + (s->row + u) * a.y_channel + lane;
+                UNROLL for (int u = 0; u < U; u++) if (U == 1 || s->row + u < a.rows)
                     UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
-                        store(out + r * a.y_step[1] + w * a.y_step[2], acc[u][r][w]);
-                }
+                        store(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2], acc[u][r][w]);
             } else {
                 UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int w = 0; w < W; w++) store(part + ((u * R + r) * W + w) * IMAGES, acc[u][r][w]);
@@ -77,11 +80,11 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
                     UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
                         acc[q] += g[r][w] * load(p + r * x_row + w * x_col);
                 }
-                T total[4];
-                sums<T, L, 4>(acc, total);
                 if (left >= 4) {
-                    UNROLL for (int q = 0; q < 4; q++) dv[q] += total[q];
+                    add_sums<T>(acc, dv);
                 } else {
+                    T total[4] = {};
+                    add_sums<T>(acc, total);
                     for (int q = 0; q < left; q++) dv[q] += total[q];
                 }
             }

@@ -16,28 +16,56 @@ template <class T> INLINE V<T> load(const T *p) { return *(const typename Vec<T>
 template <class T> INLINE void store(T *p, V<T> v) { *(typename Vec<T>::mem *)p = v; }
 template <class T> INLINE V<T> splat(T a) { return a - V<T>{}; }
 
-// out[i] = the sum over the lanes of v[i]. Halves are added while they are still registers: a loop over
-// the lanes is left scalar by GCC 12 (sddmm 20 % slower).
-template <class T, int LANES, int N> INLINE void sums(const void *vectors, T *out) {
-    typedef T vec __attribute__((vector_size(LANES * sizeof(T))));
-    const vec *v = (const vec *)vectors;
-    if constexpr (LANES == 2) {
-        UNROLL for (int i = 0; i < N; i++) out[i] = v[i][0] + v[i][1];
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) > (b)){__VA_ARGS__})
+#endif
+
+// out[i] += the sum over the lanes of v[i], i < 4. The four share their registers as soon as they are half
+// full: 4 instructions a sum where one at a time takes 11.
+template <class T> INLINE void add_sums(const V<T> *v, T *out) {
+    constexpr int L = Vec<T>::lanes;
+    typedef T four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+    V<T> s;
+    if constexpr (L == 2) {
+        s = SHUFFLE(v[0], v[1], 0, 2) + SHUFFLE(v[0], v[1], 1, 3);
+        const V<T> t = SHUFFLE(v[2], v[3], 0, 2) + SHUFFLE(v[2], v[3], 1, 3);
+        store(out, load(out) + s), store(out + 2, load(out + 2) + t);
+        return;
+    } else if constexpr (L == 4) {
+        const V<T> a = SHUFFLE(v[0], v[1], 0, 1, 4, 5) + SHUFFLE(v[0], v[1], 2, 3, 6, 7);
+        const V<T> b = SHUFFLE(v[2], v[3], 0, 1, 4, 5) + SHUFFLE(v[2], v[3], 2, 3, 6, 7);
+        s = SHUFFLE(a, b, 0, 2, 4, 6) + SHUFFLE(a, b, 1, 3, 5, 7);
+    } else if constexpr (L == 8) {
+        const V<T> a = SHUFFLE(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15);
+        const V<T> b = SHUFFLE(v[2], v[3], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(v[2], v[3], 4, 5, 6, 7, 12, 13, 14, 15);
+        const V<T> c = SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+        s = c + SHUFFLE(c, c, 1, 0, 3, 2, 5, 4, 7, 6);
+        s = SHUFFLE(s, s, 0, 2, 4, 6, 0, 2, 4, 6);
     } else {
-        typedef T half __attribute__((vector_size(LANES / 2 * sizeof(T))));
-        half h[N];
-        UNROLL for (int i = 0; i < N; i++) {
-            struct { half lo, hi; } both;
-            __builtin_memcpy(&both, v + i, sizeof both);
-            h[i] = both.lo + both.hi;
-        }
-        sums<T, LANES / 2, N>(h, out);
+        static_assert(L == 16);
+#define LOW_HALVES 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_HALVES 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+        const V<T> a = SHUFFLE(v[0], v[1], LOW_HALVES) + SHUFFLE(v[0], v[1], HIGH_HALVES);
+        const V<T> b = SHUFFLE(v[2], v[3], LOW_HALVES) + SHUFFLE(v[2], v[3], HIGH_HALVES);
+        const V<T> c = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+                       + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        const V<T> d = c + SHUFFLE(c, c, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+        s = d + SHUFFLE(d, d, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        s = SHUFFLE(s, s, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+#undef LOW_HALVES
+#undef HIGH_HALVES
     }
+    four low;
+    __builtin_memcpy(&low, &s, sizeof low);
+    *(four *)out += low;
 }
 template <class T> INLINE T sum(V<T> v) {
-    T out;
-    sums<T, Vec<T>::lanes, 1>(&v, &out);
-    return out;
+    const V<T> four[4] = {v, v, v, v};
+    T out[4] = {};
+    add_sums<T>(four, out);
+    return out[0];
 }
 
 // Subnormals cost up to 2x on Zen 5 and appear by themselves in sparse training. The flag belongs to

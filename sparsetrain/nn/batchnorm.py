@@ -16,7 +16,7 @@ class BatchNorm2d(Module):
     """
 
     buffers = ("running_mean", "running_var", "num_batches_tracked")
-    fuses_relu = fuses_add = True
+    fuses_relu = fuses_add = reuses_dy = True
     _ndim = 4
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
@@ -45,13 +45,15 @@ class BatchNorm2d(Module):
             None if add is None else add.array,
         )  # fmt: skip
         if training:
-            self.running_mean += np.float32(self.momentum) * (mean - self.running_mean)
-            self.running_var += np.float32(self.momentum) * (var * (values / (values - 1)) - self.running_var).astype(var.dtype)
+            self.running_mean += mean.dtype.type(self.momentum) * (mean - self.running_mean)
+            self.running_var += mean.dtype.type(self.momentum) * (var * mean.dtype.type(values / (values - 1)) - self.running_var)
             self.num_batches_tracked += 1
-        output, fused_add = (y if relu else x), add is not None
+        fused_add = add is not None
+        output = y if relu and fused_add else None
 
         def backward(dy, halo, add_halo=None):
-            dx = x.like(halo or (0, 0))
+            halo = halo or (0, 0)
+            dx = dy if dy.has_halo(halo) else x.like(halo)
             dadd = x.like(add_halo) if fused_add else None
             grads = []
             for p in (self.weight, self.bias):
@@ -60,8 +62,8 @@ class BatchNorm2d(Module):
                     grad.fill(0)
                 grads.append(grad)
             core.batch_norm_backward(
-                x.array, output.array, dy.array, dx.array, x.n, self.weight.data, mean, var, *grads, self.eps,
-                training, relu, None if dadd is None else dadd.array,
+                x.array, None if output is None else output.array, dy.array, dx.array, x.n, self.weight.data,
+                self.bias.data, mean, var, *grads, self.eps, training, relu, None if dadd is None else dadd.array,
             )  # fmt: skip
             return (dx, dadd) if fused_add else dx
 

@@ -58,21 +58,42 @@ class Sequential(Module):
             options = {"relu": True} if relu else {}
             x, backward = layer.run(x, halo if last else steps[i + 1][0].halo, **options, **(fused if last else {}))
             backwards.append(backward)
-        # A layer's backward reads dy with its own halo; the gradient that it makes has the one of the layer before.
-        halos = [layer.grad_halo for layer, _ in steps[:-1]]
+        layers = [layer for layer, _ in steps]
 
-        def backward(dy, halo, *add_halo):
-            dadd = None
-            for i in reversed(range(len(backwards))):
-                wanted = halos[i - 1] if i else halo
-                if add_halo and i + 1 == len(backwards):
-                    dy, dadd = backwards[i](dy, wanted, *add_halo)
+        def backward(dy, halo, add_halo=None, into=None):
+            """With add_halo: (dx, dadd), as of BatchNorm2d; dx alone, added to into(dadd), if that is given too."""
+            wanted = _gradient_halos(layers, halo)
+            dadd = target = None
+            for i in reversed(range(len(layers))):
+                if i == 0 and into is not None and len(layers) > 1:
+                    target = into(dadd)
+                options = {"into": target} if target is not None and layers[0].fuses_into else {}
+                if add_halo is not None and i + 1 == len(layers):
+                    dy, dadd = backwards[i](dy, wanted[i], add_halo, **options)
                 else:
-                    dy = backwards[i](dy, wanted)
+                    dy = backwards[i](dy, wanted[i], **options)
                 backwards[i] = None  # what it kept is free for the gradients to come
-            return (dy, dadd) if add_halo else dy
+            if into is None:
+                return dy if add_halo is None else (dy, dadd)
+            if target is None:
+                target = into(dadd)
+            elif layers[0].fuses_into:
+                return dy
+            if halo is not None:
+                ops.core.add(dy.array, target.array, target.array)
+            return target
 
         return x, backward
+
+
+def _gradient_halos(layers, halo):
+    """The halo that each layer's dx must have: what the layer before reads around it, and what that one's own dx
+    must have if it is written into the same array. halo: of the first layer's dx, or None if that is not wanted."""
+    wanted = [halo]
+    for before in layers[:-1]:
+        passed_on = (wanted[-1] or (0, 0)) if before.reuses_dy else (0, 0)
+        wanted.append(tuple(map(max, before.grad_halo, passed_on)))
+    return wanted
 
 
 class Residual(Module):
@@ -102,28 +123,32 @@ class Residual(Module):
 
     def forward(self, x, halo, relu=False):
         fused = self.body.fuses_add
+        body = self.body if isinstance(self.body, Sequential) else Sequential(self.body)
         around, around_backward = self.shortcut.run(x, (0, 0)) if self.shortcut else (x, None)
         if fused:
-            y, body_backward = self.body.run(x, halo, add=around, relu=relu)
+            y, body_backward = body.run(x, halo, add=around, relu=relu)
         else:
-            body, body_backward = self.body.run(x, (0, 0))
-            if body.shape != around.shape:
-                raise ValueError(f"body gives shape {body.shape}, the shortcut {around.shape}")
-            y = ops.add(body, around, halo)
+            inner, body_backward = body.run(x, (0, 0))
+            if inner.shape != around.shape:
+                raise ValueError(f"body gives shape {inner.shape}, the shortcut {around.shape}")
+            y = ops.add(inner, around, halo)
         around_halo = self.shortcut.grad_halo if self.shortcut else (0, 0)
 
         def backward(dy, halo):
+            def around_dx(gradient):
+                if around_backward is not None:
+                    return around_backward(gradient, halo)
+                return gradient if halo is None else gradient.with_halo(halo)
+
             if fused:
-                dx, around = body_backward(dy, halo, around_halo)
-            else:
-                dx, around = body_backward(dy, halo), dy
-            if around_backward is not None:
-                around = around_backward(around, None if halo is None else (0, 0))
+                wanted = tuple(map(max, halo or (0, 0), around_halo)) if around_backward is None else around_halo
+                return body_backward(dy, halo, wanted, around_dx)
+            own = dy.like(tuple(map(max, halo or (0, 0), around_halo)))
+            ops.core.copy(dy.array, own.array)  # the body may write into dy
+            dx, other = body_backward(dy, halo), around_dx(own)
             if halo is None:
                 return None
-            # dx is this function's own unless the body passed dy on
-            result = dx if dx is not dy else dx.like(halo)
-            ops.core.add(dx.array, around.array, result.array)
-            return result
+            ops.core.add(dx.array, other.array, other.array)
+            return other
 
         return y, backward

@@ -12,6 +12,8 @@ class Conv2d(Module):
     bias (out,) or None. kernel_size, stride, padding (of zeros) and dilation are ints or (vertical, horizontal).
     """
 
+    fuses_into = True
+
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
         self.in_channels = checks.integer("in_channels", in_channels, low=1)
         self.out_channels = checks.integer("out_channels", out_channels, low=1)
@@ -39,8 +41,8 @@ class Conv2d(Module):
             )
         y = ops.conv2d(x, self.weight, self.bias, self.geometry, halo)
 
-        def backward(dy, halo):
-            return ops.conv2d_backward(x, self.weight, self.bias, self.geometry, dy, halo)
+        def backward(dy, halo, into=None):
+            return ops.conv2d_backward(x, self.weight, self.bias, self.geometry, dy, halo, into)
 
         return y, backward
 

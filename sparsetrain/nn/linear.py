@@ -19,6 +19,8 @@ class Linear(Module):
     x (N, in_features), y (N, out_features); weight (out, in), dense or sparse, and bias (out,) or None.
     """
 
+    fuses_into = True
+
     def __init__(self, in_features, out_features, bias=True):
         self.in_features = checks.integer("in_features", in_features, low=1)
         self.out_features = checks.integer("out_features", out_features, low=1)
@@ -29,8 +31,8 @@ class Linear(Module):
         check_input(x, self.weight, 2, self.in_features, f"(N, {self.in_features}); nn.Flatten() makes it so")
         y = ops.conv2d(x, self.weight, self.bias, plans.Geometry(), halo)
 
-        def backward(dy, halo):
-            return ops.conv2d_backward(x, self.weight, self.bias, plans.Geometry(), dy, halo)
+        def backward(dy, halo, into=None):
+            return ops.conv2d_backward(x, self.weight, self.bias, plans.Geometry(), dy, halo, into)
 
         return y, backward
 

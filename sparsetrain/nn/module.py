@@ -1,5 +1,6 @@
 """The base of all layers and containers: names, parameters, modes, and the way from NumPy arrays and back."""
 
+import copy
 import time
 from contextlib import contextmanager
 
@@ -21,6 +22,19 @@ def no_grad():
         yield
     finally:
         _keep = before
+
+
+@contextmanager
+def evaluating(model):
+    """Within it, `model` is in evaluation mode and under no_grad(); each module's mode is put back afterwards."""
+    modes = [(module, module.training) for _, module in model.named_modules()]
+    model.eval()
+    try:
+        with no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -49,14 +63,17 @@ class Module:
 
     A layer defines forward(x, halo): x is a Blocked, and it returns (y, backward), y with at least `halo` zero
     pixels around it and backward(dy, halo) -> dx, which also adds the gradients of the layer's parameters; halo
-    None means that dx is not wanted. Parameters and modules that are attributes are found by themselves.
+    None means that dx is not wanted, and dx may be written into dy. Parameters and modules that are attributes are found by themselves.
     """
 
     training = True
     buffers = ()  # names of the arrays that belong to the state but are not trained
     halo = (0, 0)  # zero pixels (vertical, horizontal) that forward reads around x
     grad_halo = (0, 0)  # and backward around dy
-    fuses_relu = fuses_add = False  # whether forward takes relu=True, add=Blocked (see BatchNorm2d)
+    # What a container may ask for: forward(..., relu=True) and forward(..., add=Blocked) as in BatchNorm2d,
+    # backward(..., into=Blocked), which dx is added to, as in Conv2d; and whether backward writes dx into dy.
+    fuses_relu = fuses_add = fuses_into = reuses_dy = False
+    _backward = _output = None  # of the last call: the function, and the output's shape and dtype
 
     def forward(self, x, halo):
         raise TypeError(f"{type(self).__name__} does not define forward(x, halo)")
@@ -70,22 +87,26 @@ class Module:
         except (TypeError, ValueError) as error:
             layer = self._name_of(getattr(error, "layer", self))
             raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
-        self._output = y.shape
+        self._output = y.shape, y.dtype
         return arrays.unpack(y)
 
     def backward(self, dy, input_gradient=True):
         """dx for the upstream gradient dy of the last call (None unless input_gradient); adds parameters' gradients.
 
-        dy is an ndarray of the output's shape and dtype. ValueError if no call has kept what is needed.
+        dy is an ndarray of the output's shape and dtype, else ValueError or TypeError. ValueError also if no call has
+        kept what is needed.
         """
-        if getattr(self, "_backward", None) is None:
+        if self._backward is None:
             raise ValueError("backward() needs a call of the module before it, outside no_grad()")
         arrays.check("dy", dy)
-        if dy.shape != self._output:
-            raise ValueError(f"dy has shape {dy.shape}, the output had {self._output}")
+        shape, dtype = self._output
+        if dy.shape != shape:
+            raise ValueError(f"dy has shape {dy.shape}, the output had {shape}")
+        if dy.dtype != dtype:
+            raise TypeError(f"dy has dtype {dy.dtype}, the output had {dtype}")
         back, self._backward = self._backward, None
         dx = back(arrays.pack(dy, self.grad_halo), (0, 0) if input_gradient else None)
-        return None if dx is None else arrays.unpack(dx)
+        return arrays.unpack(dx) if input_gradient else None
 
     def run(self, x, halo, **fused):
         """forward(), timed and reported if somebody observes. Containers run their layers with it."""
@@ -105,11 +126,13 @@ class Module:
         y, backward = self.forward(x, halo, **fused)
         _observer(self, "forward", time.perf_counter() - start, y)
 
-        def observed(*args):
+        def observed(*args, **options):
             start = time.perf_counter()
-            dx = backward(*args)
+            dx = backward(*args, **options)
             if _observer is not None:
-                _observer(self, "backward", time.perf_counter() - start, dx)
+                # (dx, dadd) of a layer that also adds
+                first = dx[0] if isinstance(dx, tuple) else dx
+                _observer(self, "backward", time.perf_counter() - start, first)
             return dx
 
         return y, observed
@@ -123,20 +146,26 @@ class Module:
     def _is_container(self):
         return bool(self.children())
 
-    def named_modules(self, prefix=""):
-        """(name, module) of this module (name "") and all inside, in order."""
+    def named_modules(self, prefix="", _seen=None):
+        """(name, module) of this module (name "") and all inside, in order; one used twice has its first name."""
+        seen = set() if _seen is None else _seen
+        if id(self) in seen:
+            return
+        seen.add(id(self))
         yield prefix, self
         for name, child in self.children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, seen)
 
     def _name_of(self, module):
         return next((f"{n!r} ({type(m).__name__})" for n, m in self.named_modules() if m is module and n), "")
 
     def named_parameters(self):
-        """(name, Parameter) of all parameters, named as in PyTorch: "3.body.0.weight"."""
+        """(name, Parameter) of all parameters, named as in PyTorch: "3.body.0.weight"; one used twice comes once."""
+        seen = set()
         for prefix, module in self.named_modules():
             for name, value in vars(module).items():
-                if isinstance(value, Parameter):
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
                     yield f"{prefix}.{name}" if prefix else name, value
 
     def parameters(self):
@@ -202,6 +231,13 @@ class Module:
                 parameters[name].set_dense(value)
             else:
                 buffers[name][...] = value
+
+    def __deepcopy__(self, memo):
+        """A copy that has not run: what the last call kept refers to the parameters of this module."""
+        other = memo[id(self)] = copy.copy(self)
+        vars(other).pop("_backward", None)
+        vars(other).update(copy.deepcopy(vars(other), memo))
+        return other
 
     def __repr__(self):
         inside = [f"({name}): {module!r}".replace("\n", "\n  ") for name, module in self.children()]

@@ -7,6 +7,8 @@ from sparsetrain.nn.module import Module
 class ReLU(Module):
     """y = max(x, 0). After a batch norm it runs in the same pass."""
 
+    reuses_dy = True
+
     def forward(self, x, halo):
         y = ops.relu(x, halo)
 

@@ -1,12 +1,11 @@
 """A table of a model's layers: shapes, weights, operations, bytes."""
 
-import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
 from sparsetrain import checks
-from sparsetrain.nn.module import no_grad, observe
+from sparsetrain.nn.module import evaluating, observe
 
 
 class Row(NamedTuple):
@@ -62,19 +61,6 @@ def summary(model, input_shape):
         model(np.zeros((1, *shape), dtype))
     flops = sum(row.flops for row in rows)
     return Summary(rows, Row("total", "", (), *_counts(parameters), flops, _bytes(parameters)))
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode without gradients; each module's mode is put back afterwards."""
-    modes = [(module, module.training) for _, module in model.named_modules()]
-    model.eval()
-    try:
-        with no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _row(name, module, output):

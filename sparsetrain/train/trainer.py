@@ -7,7 +7,7 @@ import numpy as np
 
 from sparsetrain import checks, nn
 from sparsetrain.arrays import unpack
-from sparsetrain.nn.summary import evaluating
+from sparsetrain.nn.module import evaluating
 from sparsetrain.train import checkpoint
 from sparsetrain.train.callbacks import Callback
 from sparsetrain.train.history import History

@@ -7,9 +7,8 @@ import sparsetrain as st
 
 
 @pytest.fixture
-def same_bits():
+def same_bits(put_back):
     """A function that fails unless run() returns the same bits on 1, 2 and 3 threads, one seed."""
-    before = st.get_num_threads()
 
     def check(run):
         results = []
@@ -22,5 +21,4 @@ def same_bits():
                 np.testing.assert_array_equal(b, a)
                 assert b.tobytes() == a.tobytes()
 
-    yield check
-    st.set_num_threads(before)
+    return check

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+import reference as ref
 import sparsetrain as st
 from sparsetrain import nn
-from tests import reference as ref
 
 SHAPES = [(1, 1), (17, 5), (33, 10), (1, 1, 1, 1), (15, 3, 5, 4), (16, 5, 1, 9), (33, 3, 7, 14)]
 

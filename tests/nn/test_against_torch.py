@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
+from nets import images, small_net
 from sparsetrain import nn
-from tests.nets import images, small_net
 
 torch = pytest.importorskip("torch")
 

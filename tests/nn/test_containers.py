@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
+from nets import images, small_net
 from sparsetrain import nn
 from sparsetrain.sparse import SparseParameter
-from tests.nets import images, small_net
 
 KEPT = ["running_mean", "running_var", "num_batches_tracked"]
 NAMES = [

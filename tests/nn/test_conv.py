@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+import reference as ref
 import sparsetrain as st
 from sparsetrain import nn
 from sparsetrain.sparse import SparseParameter
-from tests import reference as ref
-from tests.strategies import Conv, convs, quick
+from strategies import Conv, convs, quick
 
 # Each edge of batch, channels, width, kernel, stride, padding, dilation and groups at least once.
 CONVS = [

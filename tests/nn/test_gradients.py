@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
+from gradcheck import derivative, gradcheck
+from nets import images, small_net
 from sparsetrain import nn
 from sparsetrain.sparse import SparseParameter
-from tests.gradcheck import derivative, gradcheck
-from tests.nets import images, small_net
 
 
 def spread(*shape):

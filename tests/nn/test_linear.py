@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as hs
 
+import reference as ref
 import sparsetrain as st
 from sparsetrain import nn
 from sparsetrain.sparse import SparseParameter
-from tests import reference as ref
-from tests.strategies import quick, sparsities
+from strategies import quick, sparsities
 
 SHAPES = [
     (1, 1, 1),

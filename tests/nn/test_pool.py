@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as hs
 
+import reference as ref
 from sparsetrain import nn
-from tests import reference as ref
-from tests.strategies import quick
+from strategies import quick
 
 # shape, kernel, stride, padding
 POOLS = [

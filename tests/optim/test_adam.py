@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from optimiser_steps import steps_agree_with_torch
 from sparsetrain import optim
 from sparsetrain.sparse import Parameter
-from tests.optim.test_sgd import steps_agree_with_torch
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as hs
 
 import sparsetrain as st
+from nets import images, small_net
 from sparsetrain import nn
 from sparsetrain.sparse import SparseParameter
-from tests.nets import images, small_net
-from tests.strategies import quick
+from strategies import quick
 
 LAYERS = ["0", "4.body.0", "4.body.3", "6.body.0", "6.shortcut", "10", "13"]
 
