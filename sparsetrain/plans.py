@@ -12,9 +12,8 @@ from itertools import product
 import numpy as np
 
 from sparsetrain._kernels import core
+from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE
 
-FIRST, LAST = 1, 2  # flags of a segment, as in kernels.hh
-ROWS_AT_ONCE = 4  # of a dense layer, as in product.hh
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
 
@@ -103,9 +102,9 @@ def _tile_time(positions, lines, columns, blocks, channels, group, entries, rows
 
     blocks: of rows_at_once output rows; entries: in all of them together.
 
-    The form is by reasoning; the factors are those that choose best among 4800 timed tiles of the layers of
-    bench/shapes/layers.txt and resnet20.txt at sparsities 0 to 0.99 (2 cores of a Zen 5, AVX-512): the tile chosen
-    is on average 1.11 times (forward) and 1.2 times (weight gradient) as slow as the best of those timed.
+    The form is by reasoning; the factors are set so that the choice among 4800 timed tiles (40 of each layer of
+    bench/shapes/layers.txt and resnet20.txt at six sparsities from 0 to 0.99; 2 cores of a Zen 5, AVX-512) takes on
+    average 1.12 (forward) and 1.18 (weight gradient) of the least time seen, which is partly luck of timing.
     """
     width = itemsize / 4
     multiply = entries * max(positions * rows_at_once * width / 2, 4)  # 4 cycles: the latency of one FMA
@@ -251,7 +250,10 @@ def _forward_grid(structure, geometry, x, y):
 
 def _offsets(channel, vertical, horizontal, x):
     _, per_channel, per_row = strides(x)
-    return channel.astype(np.int64) * per_channel + vertical * per_row + horizontal * 16
+    offsets = channel.astype(np.int64) * per_channel + vertical * per_row + horizontal * 16
+    if len(offsets) and max(offsets.max(), -offsets.min()) >= 2**31:
+        raise ValueError(f"x has shape {x.shape}: 16 images of it reach 2**31 elements, more than an offset can say")
+    return offsets
 
 
 def _forward_entries(structure, geometry, x):

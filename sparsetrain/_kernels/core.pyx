@@ -18,6 +18,9 @@ from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport BatchNorm, Build, Product, Segment, Shape, View, Windows
 
 
+FIRST, LAST, ROWS_AT_ONCE = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE  # of segments, as in kernels.hh
+
+
 # ---- instruction sets and threads
 
 _ISAS = {kernels.isas[i].name.decode(): i for i in range(kernels.n_isas) if kernels.isas[i].supported}

@@ -25,6 +25,7 @@ struct Segment {
     int32_t flags;  // FIRST, LAST
 };
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
+enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
 // Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into

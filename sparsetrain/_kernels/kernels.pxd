@@ -19,6 +19,9 @@ cdef extern from "dispatch.hh" nogil:
         long blocks, channels, height, width, images
     ctypedef struct Segment:
         pass
+    enum: FIRST
+    enum: LAST
+    enum: ROWS_AT_ONCE
     cppclass Product[T]:
         const T *x
         T *y

@@ -6,7 +6,6 @@
 // Source: SparseProp, arXiv 2302.04852, section 3 (the batch as the vector); it reloads and stores the
 // output for every weight, here a group of input channels is met between load and store.
 
-constexpr int ROWS_AT_ONCE = 4;              // of a dense layer
 constexpr int MAX_TILE = REGISTERS - 4;      // positions of a tile, one register each
 constexpr int MAX_GRADIENT_TILE = REGISTERS - 8;
 constexpr int MAX_DENSE_TILE = (REGISTERS - 6) / ROWS_AT_ONCE;
