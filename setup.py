@@ -12,7 +12,7 @@ from setuptools.errors import CCompilerError
 HERE = "sparsetrain/_kernels"
 # Fused multiply-adds wherever the hardware has them. Never -ffast-math (a library built with it turns
 # subnormals off in the whole process) and never -march=native (a wheel must run on other machines).
-CXXFLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno"]
+CXXFLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions"]
 OPENMP = ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
 ISAS = {"base": []}  # instruction set: its compiler flags. base is SSE2 or NEON
 if platform.machine() in ("x86_64", "AMD64"):
@@ -27,19 +27,32 @@ class BuildKernels(build_ext):
         try:
             for isa, flags in ISAS.items():
                 ext.extra_objects += self.compiler.compile(
-                    [f"{HERE}/kernels.cc"], output_dir=f"{self.build_temp}/{isa}",
-                    macros=[("ISA", isa)], extra_postargs=CXXFLAGS + flags, depends=ext.depends)
+                    [f"{HERE}/kernels.cc"],
+                    output_dir=f"{self.build_temp}/{isa}",
+                    macros=[("ISA", isa)],
+                    extra_postargs=CXXFLAGS + flags,
+                    depends=ext.depends,
+                )
             super().build_extension(ext)
         except CCompilerError as error:
             sys.exit(f"sparsetrain needs a C++20 compiler with OpenMP (g++ >= 11, or clang++ with libomp): {error}")
 
 
 core = Extension(
-    "sparsetrain._kernels.core", [f"{HERE}/core.pyx"], language="c++", include_dirs=[HERE],
+    "sparsetrain._kernels.core",
+    [f"{HERE}/core.pyx"],
+    language="c++",
+    include_dirs=[HERE],
     depends=glob(f"{HERE}/*.hh") + [f"{HERE}/{name}" for name in ("kernels.cc", "core.pyx", "kernels.pxd")],
-    extra_compile_args=["-std=c++20", "-O2", *OPENMP], extra_link_args=OPENMP)
+    extra_compile_args=["-std=c++20", "-O2", *OPENMP],
+    extra_link_args=OPENMP,
+)
 setup(
     cmdclass={"build_ext": BuildKernels},
-    ext_modules=cythonize([core], compiler_directives=dict(
-        language_level=3, boundscheck=False, wraparound=False, cdivision=True,
-        initializedcheck=False)))
+    ext_modules=cythonize(
+        [core],
+        compiler_directives=dict(
+            language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+        ),
+    ),
+)

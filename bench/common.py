@@ -81,9 +81,7 @@ def worker_environment(options):
 def machine():
     """What the measurements depend on: processor, caches, memory, kernel, commit."""
     with open("/proc/cpuinfo") as file:
-        fields = dict(
-            map(str.strip, line.split(":", 1)) for line in file.read().split("\n\n")[0].splitlines()
-        )
+        fields = dict(map(str.strip, line.split(":", 1)) for line in file.read().split("\n\n")[0].splitlines())
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
@@ -91,9 +89,7 @@ def machine():
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": fields.get("model name", platform.machine()),
-        "family/model/stepping": "/".join(
-            fields.get(name, "?") for name in ("cpu family", "model", "stepping")
-        ),
+        "family/model/stepping": "/".join(fields.get(name, "?") for name in ("cpu family", "model", "stepping")),
         "cores": len(os.sched_getaffinity(0)),
         "caches": caches,
         "memory_bytes": memory,
@@ -127,9 +123,7 @@ class Load:
 
     def taken(self):
         """{"others": other processes, "stolen": the hypervisor, "seconds": so far}."""
-        seconds, busy, stolen, ours = (
-            now - then for now, then in zip(self._now(), self.start, strict=True)
-        )
+        seconds, busy, stolen, ours = (now - then for now, then in zip(self._now(), self.start, strict=True))
         return {
             "others": round(max(0.0, busy - ours) / seconds, 4),
             "stolen": round(stolen / seconds, 4),
@@ -188,10 +182,7 @@ def table(headings, rows):
     lines = [headings, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    )
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def ms(seconds):

@@ -29,9 +29,7 @@ def layer(peer, case):
     if case["kind"] == "linear":
         module = nn.Linear(case["in"], case["out"])
     else:
-        module = nn.Conv2d(
-            case["in"], case["out"], case["kernel"], stride=case["stride"], padding=case["padding"]
-        )
+        module = nn.Conv2d(case["in"], case["out"], case["kernel"], stride=case["stride"], padding=case["padding"])
     module.bias.data[:] = bias
     if case["sparsity"] > 0:
         module.weight = SparseParameter.from_dense(weight, mask)
@@ -48,9 +46,7 @@ def layer(peer, case):
 
     def from_numpy():
         module.zero_grad()
-        return timed_parts(
-            forward_numpy=lambda _: module(x), backward_numpy=lambda _: module.backward(dy)
-        )
+        return timed_parts(forward_numpy=lambda _: module(x), backward_numpy=lambda _: module.backward(dy))
 
     def sample():
         module.zero_grad()

@@ -115,9 +115,7 @@ def _dense_layer(case, weight, bias):
     if case["kind"] == "linear":
         module = nn.Linear(case["in"], case["out"])
     else:
-        module = nn.Conv2d(
-            case["in"], case["out"], case["kernel"], stride=case["stride"], padding=case["padding"]
-        )
+        module = nn.Conv2d(case["in"], case["out"], case["kernel"], stride=case["stride"], padding=case["padding"])
     with torch.no_grad():
         module.weight.copy_(weight)
         module.bias.copy_(bias)
@@ -222,9 +220,7 @@ def _trial(module, x):
     inputs = [x.requires_grad_(), *module.parameters()]
     dy = torch.ones_like(module(x), memory_format=torch.contiguous_format)
     runs = [
-        timed_parts(
-            forward=lambda _: module(x), backward=lambda y: torch.autograd.grad(y, inputs, dy)
-        )
+        timed_parts(forward=lambda _: module(x), backward=lambda y: torch.autograd.grad(y, inputs, dy))
         for _ in range(4)
     ]
     return statistics.median(sum(run.values()) for run in runs[1:])

@@ -14,9 +14,7 @@ def main():
     sparsities = [0, 0.8, 0.9, 0.95, 0.99]
     peers = ["sparsetrain", *DENSE, "sparseprop"]
     parser = common.parser(__doc__, peers, sparsities, repeats=9, quick="lenet5")
-    parser.add_argument(
-        "--all-sparse", action="store_true", help="also the first and the last layer"
-    )
+    parser.add_argument("--all-sparse", action="store_true", help="also the first and the last layer")
     options = common.parse(parser)
     chosen = common.chosen_cases(cases.net_cases(options.all_sparse), options)
     results = race.run(chosen, options, memory_peers=("sparsetrain", *DENSE))

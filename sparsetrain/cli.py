@@ -227,9 +227,7 @@ def _batches(o, dataset):
     if o.augment:
         crop = 4 if o.data.startswith("cifar") else 2  # 4: He et al., CVPR 2016, section 4.2
         augment = {"crop": crop, "flip": o.data != "mnist"}
-    train = data.Batches(
-        *dataset.train, o.batch_size, shuffle=True, seed=o.seed, **augment, **scale
-    )
+    train = data.Batches(*dataset.train, o.batch_size, shuffle=True, seed=o.seed, **augment, **scale)
     return train, data.Batches(*dataset.test, 256, **scale)
 
 

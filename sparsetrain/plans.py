@@ -89,7 +89,14 @@ def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
             positions = math.prod(extent) / tiles
             for group in groups:
                 time = tiles * _tile_time(
-                    positions, lines, columns, rows / rows_at_once, channels, group, weights / rows_at_once, rows_at_once,
+                    positions,
+                    lines,
+                    columns,
+                    rows / rows_at_once,
+                    channels,
+                    group,
+                    weights / rows_at_once,
+                    rows_at_once,
                     itemsize,
                 )
                 if best is None or time < best[0]:
@@ -124,6 +131,7 @@ def _share(size, begin, rise):
 
 # ---- segments
 
+
 def _segments(rows, groups, row_values, chunks):
     """Runs of entries of one row and one group of channels, sorted by chunk of rows, group and row.
 
@@ -155,7 +163,9 @@ def _cut_rows(weights_of_row, pieces):
     return np.unique(np.r_[0, np.minimum(cuts, len(work)), len(work)])
 
 
-def _plan(x, y, grid, tile, order, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights):
+def _plan(
+    x, y, grid, tile, order, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights
+):
     positions = math.prod(grid.extent)
     return core.Plan(
         offsets=np.r_[offsets, 0, 0, 0].astype(np.int32),
@@ -225,6 +235,7 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
 
 
 # ---- the three products of a layer
+
 
 def _entries(structure, geometry):
     """(row, input channel, kernel row, kernel column) of each stored weight, in the parameter's order.
@@ -304,9 +315,7 @@ def weight_gradient(structure, geometry, x, dy):
     row, channel, offsets = _forward_entries(structure, geometry, x)
     grid = _forward_grid(structure, geometry, x, dy)
     out, weights = structure.shape[0], structure.nnz
-    order, tile, group = choose_tile(
-        grid, out, x.array.shape[1], weights, core.tile_limits()[1], 1, x.array.itemsize
-    )
+    order, tile, group = choose_tile(grid, out, x.array.shape[1], weights, core.tile_limits()[1], 1, x.array.itemsize)
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
     indptr = structure.csr()[0] if row is not None else np.arange(out + 1) * len(offsets)
     # Chunks of rows each read all of x again; parts, runs of tiles, each need a copy of dW.

@@ -27,9 +27,7 @@ def small_net(pool=nn.MaxPool2d, width=4):
         ),
         nn.ReLU(),
         nn.Residual(
-            nn.Sequential(
-                nn.Conv2d(width, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6)
-            ),
+            nn.Sequential(nn.Conv2d(width, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6)),
             shortcut=nn.Conv2d(width, 6, 1, stride=2),
         ),
         nn.ReLU(),

@@ -1,7 +1,6 @@
 """Ten steps of an optimiser beside PyTorch's."""
 
 import numpy as np
-import pytest
 
 from sparsetrain.sparse import Parameter
 
@@ -12,7 +11,8 @@ def parameters(rng, dtype=np.float32):
 
 def steps_agree_with_torch(rng, ours, theirs, dtype, skip):
     """Ten steps of both on the same gradients; skip(step, i): parameter i has no gradient."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     params = parameters(rng, dtype)
     twins = [torch.nn.Parameter(torch.tensor(p.data)) for p in params]
     optimizer, twin = ours(params), theirs(twins)

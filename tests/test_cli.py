@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,10 +42,7 @@ def folder(tmp_path, monkeypatch):
 
 def history(path):
     with open(path, newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k not in ("time_s", "images_per_s")}
-            for row in csv.DictReader(file)
-        ]
+        return [{k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in csv.DictReader(file)]
 
 
 def test_train_writes_a_run_folder(folder, capsys):
@@ -254,8 +253,9 @@ def test_info(capsys, monkeypatch, tmp_path):
         assert word in out
 
 
-def test_module_runs():
-    done = subprocess.run(
-        [sys.executable, "-m", "sparsetrain", "--version"], capture_output=True, text=True
-    )
+def test_module_runs(tmp_path):
+    # The package under test, whether it is installed or built in the checkout.
+    environment = {**os.environ, "PYTHONPATH": str(Path(st.__file__).parents[1])}
+    command = [sys.executable, "-m", "sparsetrain", "--version"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"sparsetrain {st.__version__}\n")

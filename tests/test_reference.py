@@ -46,9 +46,7 @@ def agree(actual, expected):
 )
 def test_conv2d(kernel, stride, padding, dilation, groups):
     x, w, b = normal(2, 6, 8, 9), normal(12, 6 // groups, *kernel, seed=1), normal(12, seed=2)
-    y, dy, gradients = torch_gradients(
-        lambda *a: F.conv2d(*a, stride, padding, dilation, groups), x, w, b
-    )
+    y, dy, gradients = torch_gradients(lambda *a: F.conv2d(*a, stride, padding, dilation, groups), x, w, b)
     agree(ref.conv2d(x, w, b, stride, padding, dilation, groups), y)
     for actual, expected in zip(
         ref.conv2d_backward(dy, x, w, stride, padding, dilation, groups), gradients, strict=True
@@ -76,15 +74,11 @@ def test_batch_norm(shape, training):
     x, w, b = normal(*shape) * 2 + 3, normal(3, seed=1), normal(3, seed=2)
     mean, var = normal(3, seed=3), normal(3, seed=4) ** 2 + 0.1
     running = torch.tensor(mean), torch.tensor(var)
-    y, dy, gradients = torch_gradients(
-        lambda x, w, b: F.batch_norm(x, *running, w, b, training, 0.3, 1e-2), x, w, b
-    )
+    y, dy, gradients = torch_gradients(lambda x, w, b: F.batch_norm(x, *running, w, b, training, 0.3, 1e-2), x, w, b)
     actual = ref.batch_norm(x, w, b, mean, var, training, 0.3, 1e-2)
     for a, expected in zip(actual, (y, *running), strict=True):
         agree(a, expected)
-    for a, expected in zip(
-        ref.batch_norm_backward(dy, x, w, mean, var, training, 1e-2), gradients, strict=True
-    ):
+    for a, expected in zip(ref.batch_norm_backward(dy, x, w, mean, var, training, 1e-2), gradients, strict=True):
         agree(a, expected)
 
 

@@ -62,9 +62,7 @@ def batches(n=200, **settings):
 
 def measured(history):
     """The rows without what differs from run to run."""
-    return [
-        {k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in history
-    ]
+    return [{k: v for k, v in row.items() if k not in ("time_s", "images_per_s")} for row in history]
 
 
 def assert_same_state(model, other):
@@ -100,9 +98,7 @@ def test_a_sparse_net_learns(kind):
     assert history[-1]["val_accuracy"] > 0.95
     assert history[-1]["loss"] < history[0]["loss"]
     assert run.evaluate(test)["accuracy"] == history[-1]["val_accuracy"]
-    assert [m.sparsity for n, m in run.model.named_parameters() if n == "0.weight"] == [
-        pytest.approx(0.8, abs=0.02)
-    ]
+    assert [m.sparsity for n, m in run.model.named_parameters() if n == "0.weight"] == [pytest.approx(0.8, abs=0.02)]
 
 
 def test_history_rows():

@@ -12,7 +12,7 @@ void max_pool(Shape, Shape ys, View<T> x, View<T> y, Windows h, Windows w, long 
                 for (long i = h.begin[oh]; i < h.end[oh]; i++)
                     for (long j = w.begin[ow]; j < w.end[ow]; j++) {
                         const V<T> v = load(pixel_row(x, b, c, i) + j * IMAGES + lane);
-                        best = (best >= v) | (best != best) ? best : v;
+                        best = ((best >= v) | (best != best)) ? best : v;
                     }
                 store(out + ow * IMAGES + lane, best);
             }

@@ -60,8 +60,7 @@ class Batches:
         self.drop_last, self.prefetch = _flag("drop_last", drop_last), _flag("prefetch", prefetch)
         if self.drop_last and len(images) < self.batch_size:
             raise ValueError(
-                f"batch_size is {batch_size}, with drop_last it must be at most "
-                f"the number of images, {len(images)}"
+                f"batch_size is {batch_size}, with drop_last it must be at most the number of images, {len(images)}"
             )
         self._scale, self._shift = _affine(images, mean, std)
         self.epoch = 0
@@ -137,9 +136,7 @@ def _per_channel(argument, values, channels):
     except (TypeError, ValueError):
         array = np.empty(0)
     if array.shape != (channels,) or not np.isfinite(array).all():
-        raise ValueError(
-            f"{argument} is {values!r}, must be {channels} finite numbers, one a channel"
-        )
+        raise ValueError(f"{argument} is {values!r}, must be {channels} finite numbers, one a channel")
     return array.reshape(channels, 1, 1)
 
 

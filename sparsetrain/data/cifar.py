@@ -136,9 +136,7 @@ def _records(path, data, layout):
         labels = records[:, column].astype(np.int64)
         if labels.max() >= classes:
             first = (labels >= classes).argmax()
-            raise ValueError(
-                f"{path} has label {labels[first]} in record {first}, must be 0 to {classes - 1}"
-            )
+            raise ValueError(f"{path} has label {labels[first]} in record {first}, must be 0 to {classes - 1}")
     return records[:, skip:].reshape(-1, *IMAGE), labels
 
 

@@ -33,9 +33,7 @@ class Dataset:
                 )
         train, test = self.train[0].shape[1:], self.test[0].shape[1:]
         if train != test:
-            raise ValueError(
-                f"{self.name} test images are {test}, must be {train} as the train images"
-            )
+            raise ValueError(f"{self.name} test images are {test}, must be {train} as the train images")
         mean, std = channel_statistics(self.train[0])
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)

@@ -55,9 +55,7 @@ def _read(path, file, limit, ndim):
     if count == 0:
         raise ValueError(f"{path} declares shape {shape}: it holds no data")
     if count > limit:
-        raise ValueError(
-            f"{path} declares {count} bytes of data, shape {shape}, its size allows {limit} at most"
-        )
+        raise ValueError(f"{path} declares {count} bytes of data, shape {shape}, its size allows {limit} at most")
     data = file.read(count + 1)  # one more, to notice what should not be there
     if len(data) != count:
         came = f"only {len(data)}" if len(data) < count else "more"

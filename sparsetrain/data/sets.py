@@ -70,10 +70,7 @@ class _IdxSet:
         return tuple(name for name in self.files if not _plain_or_gz(root / name).is_file())
 
     def read(self, root):
-        parts = [
-            read_idx(_plain_or_gz(root / name), ndim)
-            for name, ndim in zip(self.files, (3, 1, 3, 1), strict=True)
-        ]
+        parts = [read_idx(_plain_or_gz(root / name), ndim) for name, ndim in zip(self.files, (3, 1, 3, 1), strict=True)]
         train_x, train_y, test_x, test_y = parts
         train = train_x[:, np.newaxis], train_y.astype(np.int64)
         test = test_x[:, np.newaxis], test_y.astype(np.int64)
@@ -186,11 +183,7 @@ def where(name, data_dir=None):
             ENVIRONMENT: os.environ.get(ENVIRONMENT),
             "cache": Path(cache, "sparsetrain"),
         }
-    return [
-        Place(named_by, Path(root), source.missing(Path(root)))
-        for named_by, root in roots.items()
-        if root
-    ]
+    return [Place(named_by, Path(root), source.missing(Path(root))) for named_by, root in roots.items() if root]
 
 
 def load(name, data_dir=None, download=True):
@@ -217,8 +210,7 @@ def load(name, data_dir=None, download=True):
     for part, (images, _), count in (("train", train, source.train), ("test", test, source.test)):
         if images.shape != (count, *source.shape):
             raise ValueError(
-                f"{name} in {place.folder}: {part} images have shape {images.shape}, "
-                f"must be {(count, *source.shape)}"
+                f"{name} in {place.folder}: {part} images have shape {images.shape}, must be {(count, *source.shape)}"
             )
     return Dataset(name, train, test, classes)
 

@@ -31,14 +31,18 @@ class BatchNorm2d(Module):
 
     def forward(self, x, halo, add=None, relu=False):
         """relu: of the result. add: a Blocked that is added before; backward(dy, halo, add_halo) -> (dx, dadd) then."""
-        check_input(x, self.weight, self._ndim, self.num_features, f"(N, {self.num_features}{', H, W' * (self._ndim == 4)})")
+        check_input(
+            x, self.weight, self._ndim, self.num_features, f"(N, {self.num_features}{', H, W' * (self._ndim == 4)})"
+        )
         values = x.n * x.array.shape[2] * x.array.shape[3]
         training = self.training
         if training and values == 1:
             raise ValueError(f"x has shape {x.shape}: one value a channel has no variance to train with")
         if add is not None and add.shape != x.shape:
             raise ValueError(f"x has shape {x.shape}, what is added to it {add.shape}")
-        mean, var = (np.empty_like(self.running_mean) for _ in range(2)) if training else (self.running_mean, self.running_var)
+        mean, var = (
+            (np.empty_like(self.running_mean) for _ in range(2)) if training else (self.running_mean, self.running_var)
+        )
         y = x.like(halo)
         core.batch_norm(
             x.array, y.array, x.n, self.weight.data, self.bias.data, mean, var, self.eps, training, relu,
@@ -46,7 +50,9 @@ class BatchNorm2d(Module):
         )  # fmt: skip
         if training:
             self.running_mean += mean.dtype.type(self.momentum) * (mean - self.running_mean)
-            self.running_var += mean.dtype.type(self.momentum) * (var * mean.dtype.type(values / (values - 1)) - self.running_var)
+            self.running_var += mean.dtype.type(self.momentum) * (
+                var * mean.dtype.type(values / (values - 1)) - self.running_var
+            )
             self.num_batches_tracked += 1
         fused_add = add is not None
         output = y if relu and fused_add else None

@@ -136,9 +136,7 @@ def _basic_block(in_channels, out_channels, stride):
     )
     if stride == 1 and in_channels == out_channels:
         return Residual(body)
-    shortcut = Sequential(
-        Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), BatchNorm2d(out_channels)
-    )
+    shortcut = Sequential(Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), BatchNorm2d(out_channels))
     return Residual(body, shortcut)
 
 

@@ -63,7 +63,8 @@ class Module:
 
     A layer defines forward(x, halo): x is a Blocked, and it returns (y, backward), y with at least `halo` zero
     pixels around it and backward(dy, halo) -> dx, which also adds the gradients of the layer's parameters; halo
-    None means that dx is not wanted, and dx may be written into dy. Parameters and modules that are attributes are found by themselves.
+    None means that dx is not wanted, and dx may be written into dy. Parameters and modules that are attributes are
+    found by themselves.
     """
 
     training = True

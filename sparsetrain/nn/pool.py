@@ -17,7 +17,9 @@ class _Pool(Module):
     def _windows(self, x):
         _check(x)
         if any(n + 2 * p < k for n, p, k in zip(x.shape[2:], self.padding, self.kernel_size, strict=True)):
-            raise ValueError(f"x has shape {x.shape}: with padding {self.padding} it is smaller than {self.kernel_size}")
+            raise ValueError(
+                f"x has shape {x.shape}: with padding {self.padding} it is smaller than the kernel {self.kernel_size}"
+            )
         return [
             ops.windows(*axis) for axis in zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
         ]

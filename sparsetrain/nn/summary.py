@@ -81,10 +81,7 @@ def _counts(parameters):
 
 def _bytes(parameters):
     indices = ("indptr", "indices")
-    return sum(
-        p.data.nbytes + sum(getattr(p, name).nbytes for name in indices if hasattr(p, name))
-        for p in parameters
-    )
+    return sum(p.data.nbytes + sum(getattr(p, name).nbytes for name in indices if hasattr(p, name)) for p in parameters)
 
 
 def _cells(row):

@@ -79,8 +79,7 @@ class Optimizer:
             )
         if list(state["slots"]) != self.names:
             raise ValueError(
-                f"state is of the parameters {list(state['slots'])}, "
-                f"{type(self).__name__} has {self.names}"
+                f"state is of the parameters {list(state['slots'])}, {type(self).__name__} has {self.names}"
             )
         for name, parameter in zip(self.names, self.params, strict=True):
             for slot, array in state["slots"][name].items():
@@ -152,9 +151,7 @@ def _named(params):
         if not isinstance(parameter, Parameter):
             raise TypeError(f"params[{name!r}] is a {type(parameter).__name__}, not a Parameter")
         if id(parameter) in seen:
-            raise ValueError(
-                f"params holds one Parameter twice, as {seen[id(parameter)]} and {name}"
-            )
+            raise ValueError(f"params holds one Parameter twice, as {seen[id(parameter)]} and {name}")
         if name in names:
             raise ValueError(f"params holds two Parameters named {name}")
         seen[id(parameter)] = name
@@ -166,8 +163,7 @@ def _check_gradient(name, parameter):
     data, grad = parameter.data, parameter.grad
     if grad.shape != data.shape or grad.dtype != data.dtype:
         raise ValueError(
-            f"the gradient of {name} is {grad.dtype} {grad.shape}, "
-            f"must be {data.dtype} {data.shape} as its data"
+            f"the gradient of {name} is {grad.dtype} {grad.shape}, must be {data.dtype} {data.shape} as its data"
         )
     if not data.flags.c_contiguous:  # a flat view of it would be a copy
         raise ValueError(f"the data of {name} is not contiguous, must be in C order")

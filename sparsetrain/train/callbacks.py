@@ -137,6 +137,4 @@ def _measures(row):
         "val_loss": "validation loss {:.3f}",
         "val_accuracy": "accuracy {:.3f}",
     }
-    return ", ".join(
-        text.format(row[name]) for name, text in formats.items() if row.get(name) is not None
-    )
+    return ", ".join(text.format(row[name]) for name, text in formats.items() if row.get(name) is not None)

@@ -176,14 +176,10 @@ def _parameters(path, meta, arrays, model):
     parameters = {}
     for name, shape in meta["shapes"].items():
         if tuple(shape) != tuple(present[name].shape):
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(shape)}, the model's has {present[name].shape}"
-            )
+            raise ValueError(f"{path}: {name} has shape {tuple(shape)}, the model's has {present[name].shape}")
         data = arrays[f"parameter/{name}/data"]
         if data.dtype != present[name].data.dtype:
-            raise ValueError(
-                f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}"
-            )
+            raise ValueError(f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}")
         if f"parameter/{name}/indptr" in arrays:
             structure = (arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices"))
             parameters[name] = SparseParameter(tuple(shape), *structure, data)
@@ -203,9 +199,7 @@ def _buffers(path, arrays, model):
     _same_names(path, "buffer", saved, present)
     for name, array in saved.items():
         if array.shape != present[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {array.shape}, the model's has {present[name].shape}"
-            )
+            raise ValueError(f"{path}: {name} has shape {array.shape}, the model's has {present[name].shape}")
     return saved
 
 
@@ -229,8 +223,6 @@ def _check_optimizer(path, saved, optimizer, model):
     names = {id(p): name for name, p in model.named_parameters()}
     held = [names.get(id(p)) for p in optimizer.params]
     if held != saved["parameters"]:
-        raise ValueError(
-            f"{path}: the optimiser held the parameters {saved['parameters']}, this one has {held}"
-        )
+        raise ValueError(f"{path}: the optimiser held the parameters {saved['parameters']}, this one has {held}")
     if saved["class"] not in (None, type(optimizer).__name__):
         raise ValueError(f"{path} ran with {saved['class']}, this is {type(optimizer).__name__}")

@@ -139,9 +139,7 @@ def test_crop_and_flip_are_what_a_loop_over_all_possibilities_finds(shape, dtype
                 variants[variant.astype(np.float32).tobytes()] = (row, column, flip)
     assert len(variants) == 50
 
-    batches = Batches(
-        np.repeat(image, 2000, axis=0), np.zeros(2000, np.int64), 64, crop=2, flip=True
-    )
+    batches = Batches(np.repeat(image, 2000, axis=0), np.zeros(2000, np.int64), 64, crop=2, flip=True)
     unit = 255 if dtype == np.uint8 else 1
     seen = [variants[np.round(x * unit).tobytes()] for xs, _ in batches for x in xs]
     counts = np.array([seen.count(variant) for variant in variants.values()])

@@ -205,9 +205,7 @@ def archive(tmp_path_factory):
     inserted=st.binary(max_size=12),
     truncate=st.booleans(),
 )
-def test_any_mutated_archive_loads_or_raises_value_error(
-    archive, inside, where, removed, inserted, truncate
-):
+def test_any_mutated_archive_loads_or_raises_value_error(archive, inside, where, removed, inserted, truncate):
     packed, path = archive
     whole = gzip.decompress(packed) if inside else packed
     start = int(where * len(whole))

@@ -100,9 +100,7 @@ def scratch(tmp_path_factory):
     removed=st.integers(0, 8),
     inserted=st.binary(max_size=8),
 )
-def test_any_mutated_file_loads_or_raises_value_error(
-    scratch, whole, cut, start, removed, inserted
-):
+def test_any_mutated_file_loads_or_raises_value_error(scratch, whole, cut, start, removed, inserted):
     mutated = whole[:start] + inserted + whole[start + removed :]
     scratch.write_bytes(mutated[: len(mutated) - cut] if cut < 100 else mutated)
     try:

@@ -268,9 +268,7 @@ def test_checksums_are_those_of_the_publishers_files(name):
 )
 def test_real_sets(monkeypatch, name, mean, std):
     counts = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
-    monkeypatch.setitem(
-        sets._SETS, name, dataclasses.replace(sets._SETS[name], train=counts[name], test=10_000)
-    )
+    monkeypatch.setitem(sets._SETS, name, dataclasses.replace(sets._SETS[name], train=counts[name], test=10_000))
     dataset = load(name, REAL)
     np.testing.assert_allclose(dataset.mean, mean, atol=6e-5)
     np.testing.assert_allclose(dataset.std, std, atol=6e-5)

@@ -53,9 +53,7 @@ def torch_twin(module):
     def convert(m):
         if isinstance(m, nn.Sequential):
             children = dict(m.named_modules())
-            return torch.nn.Sequential(
-                *(convert(children[str(i)]) for i in range(sum(n.isdigit() for n in children)))
-            )
+            return torch.nn.Sequential(*(convert(children[str(i)]) for i in range(sum(n.isdigit() for n in children))))
         if isinstance(m, nn.Residual):
             return TorchResidual(convert(m.body), m.shortcut and convert(m.shortcut))
         kind = getattr(torch.nn, type(m).__name__)
@@ -106,9 +104,7 @@ def test_layer(name, mode):
         dy = rng.standard_normal(y.shape)
         peer_y.backward(torch.tensor(dy))
         agree(layer.backward(dy), peer_x.grad)
-    for (_, parameter), peer_parameter in zip(
-        layer.named_parameters(), peer.parameters(), strict=True
-    ):
+    for (_, parameter), peer_parameter in zip(layer.named_parameters(), peer.parameters(), strict=True):
         agree(parameter.grad, peer_parameter.grad)
     for key, values in peer.state_dict().items():
         agree(layer.state_dict()[key], values)
@@ -120,9 +116,7 @@ def test_cross_entropy(label_smoothing, dtype):
     rng = np.random.default_rng(0)
     logits, labels = (rng.standard_normal((17, 10)) * 4).astype(dtype), rng.integers(0, 10, 17)
     peer = torch.tensor(logits, requires_grad=True)
-    peer_loss = torch.nn.functional.cross_entropy(
-        peer, torch.tensor(labels), label_smoothing=label_smoothing
-    )
+    peer_loss = torch.nn.functional.cross_entropy(peer, torch.tensor(labels), label_smoothing=label_smoothing)
     peer_loss.backward()
     loss, gradient = nn.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     rtol = 20 * np.finfo(dtype).eps

@@ -130,6 +130,15 @@ def test_a_layer_used_twice_has_its_parameters_once():
     assert len(list(net.parameters())) == 2
 
 
+def test_what_is_used_twice_has_its_first_name():
+    shared = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    tied = nn.Linear(3, 3)
+    tied.weight = shared[0].weight
+    net = nn.Sequential(shared, shared, tied)
+    assert [name for name, _ in net.named_modules()] == ["", "0", "0.0", "0.1", "2"]
+    assert [name for name, _ in net.named_parameters()] == ["0.0.weight", "0.0.bias", "2.bias"]
+
+
 def test_train_and_eval_reach_every_layer(net):
     assert net.training
     assert net.eval() is net and not any(m.training for _, m in net.named_modules())
@@ -255,6 +264,20 @@ def test_observe_sees_every_layer_forward_and_backward(net):
     assert backward[0] == "13" and backward[-1] == "0"
 
 
+def test_observe_sees_dx_of_a_layer_that_also_adds():
+    body = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
+    net = nn.Sequential(nn.Residual(body), nn.ReLU())
+    seen = {}
+
+    def callback(name, module, phase, seconds, y):
+        seen[name, phase] = y.shape
+
+    x = np.random.default_rng(0).standard_normal((3, 2, 4, 4)).astype(np.float32)
+    with nn.observe(net, callback):
+        net.backward(net(x))
+    assert seen["0.body.1", "backward"] == x.shape
+
+
 def test_observe_shows_outputs(net):
     x, _ = images()
     seen = {}
@@ -288,6 +311,49 @@ def test_float64(net):
     y = double(x)
     assert y.dtype == double.backward(y).dtype == np.float64
     np.testing.assert_allclose(y, as_float32, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.float16])
+def test_a_gradient_of_another_dtype_changes_nothing(net, dtype):
+    y = net(images()[0])
+    with pytest.raises(TypeError, match=f"dy has dtype {np.dtype(dtype)}.*float32"):
+        net.backward(y.astype(dtype))
+    assert all(p.grad is None for p in net.parameters())
+    net.backward(y)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.7])
+def test_a_kept_gradient_stays(net, sparsity):
+    """After zero_grad(): the memory of a gradient is used again only where nobody holds it."""
+    if sparsity:
+        st.sparsify(net, sparsity)
+    x, _ = images()
+    net.backward(net(x))
+    kept = {name: p.grad for name, p in net.named_parameters()}
+    rows = {name: p.grad[:1] for name, p in net.named_parameters()}
+    expected = {name: grad.copy() for name, grad in kept.items()}
+    for i in range(2):
+        if i:
+            kept = dict.fromkeys(kept)  # the views still hold the memory
+        net.zero_grad()
+        net.backward(2 * net(x))
+        for name, grad in (rows if i else kept).items():
+            np.testing.assert_array_equal(grad, expected[name][:1] if i else expected[name])
+    del rows
+    memory = [p.grad.ctypes.data for p in net.parameters()]
+    net.zero_grad()
+    net.backward(net(x))
+    assert [p.grad.ctypes.data for p in net.parameters()] == memory
+
+
+def test_a_deepcopy_has_not_run(net):
+    y = net(images()[0])
+    other = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="call"):
+        other.backward(y)
+    net.backward(y)
+    assert all(p.grad is None for p in other.parameters())
+    assert other[0].weight.structure is net[0].weight.structure
 
 
 def test_deepcopy_is_independent(net):

@@ -46,9 +46,7 @@ LAYERS = {
     "residual, shortcut": (lambda: nn.Residual(nn.Linear(5, 4), nn.Linear(5, 4)), (3, 5)),
     # Flatten of one pixel may share its input's memory, which must live as long
     "pool, flatten, linear, linear": (
-        lambda: nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3), nn.Linear(3, 3)
-        ),
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3), nn.Linear(3, 3)),
         (17, 3, 2, 2),
     ),
     "residual of nothing": (lambda: nn.Residual(nn.Sequential()), (3, 2, 3, 3)),
@@ -106,9 +104,7 @@ def test_layer(name):
 
 
 # Not those where a batch norm and a ReLU follow an empty row: its output stands on the kink.
-@pytest.mark.parametrize(
-    "name", [n for n in LAYERS if ("conv" in n or "linear" in n) and "relu" not in n]
-)
+@pytest.mark.parametrize("name", [n for n in LAYERS if ("conv" in n or "linear" in n) and "relu" not in n])
 @pytest.mark.parametrize("sparsity", [0.5, 1.0])
 def test_sparse_layer(name, sparsity):
     make, shape = LAYERS[name]
@@ -153,7 +149,5 @@ def test_cross_entropy(label_smoothing):
 def test_mse_loss():
     y, target = spread(3, 5), spread(3, 5)[::-1].copy()
     _, gradient = nn.mse_loss(y, target)
-    expected = [
-        derivative(lambda: nn.mse_loss(y, target)[0], y, at, 1e-3) for at in np.ndindex(y.shape)
-    ]
+    expected = [derivative(lambda: nn.mse_loss(y, target)[0], y, at, 1e-3) for at in np.ndindex(y.shape)]
     np.testing.assert_allclose(gradient.ravel(), expected, rtol=1e-6, atol=1e-10)

@@ -90,9 +90,7 @@ def test_a_step_changes_every_parameter(name):
 
 
 def test_summary_counts_stored_weights():
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 3, bias=False)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 3, bias=False))
     sparsify(model, 0.5)
     conv, relu, flatten, linear = model.summary((2, 5, 5)).rows
     assert (conv.name, conv.type, conv.output) == ("0", "Conv2d", (4, 5, 5))

@@ -54,9 +54,7 @@ def check_max(x, *geometry):
     y, dy, dx = run(nn.MaxPool2d(*geometry), x)
     np.testing.assert_array_equal(y, ref.max_pool2d(x, *geometry))
     clean = ~np.isnan(x)  # of several NaN in a window PyTorch takes the last: not copied
-    expected, terms, size = (
-        ref.max_pool2d_backward(a, x, *geometry)[clean] for a in (dy, np.ones_like(dy), abs(dy))
-    )
+    expected, terms, size = (ref.max_pool2d_backward(a, x, *geometry)[clean] for a in (dy, np.ones_like(dy), abs(dy)))
     ref.assert_close(dx[clean], expected, terms, size)
 
 
@@ -72,9 +70,7 @@ def check_avg(x, *geometry):
 def check_adaptive(x, output):
     y, dy, dx = run(nn.AdaptiveAvgPool2d(output), x)
     area = (x.shape[2] // output[0] + 2) * (x.shape[3] // output[1] + 2)
-    ref.assert_close(
-        y, ref.adaptive_avg_pool2d(x, output), area + 2, ref.adaptive_avg_pool2d(abs(x), output)
-    )
+    ref.assert_close(y, ref.adaptive_avg_pool2d(x, output), area + 2, ref.adaptive_avg_pool2d(abs(x), output))
     terms = 2 + dy[0, 0].size
     size = ref.adaptive_avg_pool2d_backward(abs(dy), x)
     ref.assert_close(dx, ref.adaptive_avg_pool2d_backward(dy, x), terms, size)

@@ -10,9 +10,7 @@ from sparsetrain.sparse import Parameter
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}], ids=str)
 def test_agrees_with_torch(name, settings, dtype):
     torch = pytest.importorskip("torch")
     steps_agree_with_torch(

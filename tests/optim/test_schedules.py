@@ -19,9 +19,7 @@ def test_step():
 
 def test_cosine():
     schedule = optim.cosine(1.0, steps=4, final=0.2)
-    assert values(schedule, 7) == pytest.approx(
-        [1, 0.6 + 0.4 * 0.5**0.5, 0.6, 0.6 - 0.4 * 0.5**0.5, 0.2, 0.2, 0.2]
-    )
+    assert values(schedule, 7) == pytest.approx([1, 0.6 + 0.4 * 0.5**0.5, 0.6, 0.6 - 0.4 * 0.5**0.5, 0.2, 0.2, 0.2])
 
 
 def test_warmup_scales_the_schedule():
