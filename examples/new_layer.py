@@ -4,7 +4,6 @@ import numpy as np
 
 import sparsetrain as st
 from sparsetrain import data, nn, optim
-from sparsetrain.sparse import Parameter
 from sparsetrain.train import EpochLines
 
 
@@ -12,7 +11,7 @@ class PReLU(nn.Module):
     """y = x where x > 0, else slope * x, with a slope a channel. Source: arXiv 1502.01852."""
 
     def __init__(self, channels):
-        self.slope = Parameter(np.full(channels, 0.25, np.float32))
+        self.slope = nn.Parameter(np.full(channels, 0.25, np.float32))
 
     def forward(self, x, halo):
         slope = self.slope.data.reshape(-1, 1, 1, 1)  # x.array is (blocks, C, H, W, 16)

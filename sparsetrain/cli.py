@@ -102,6 +102,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sparsetrain: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in `sparsetrain info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into at exit
+        return 0
     except (ValueError, OSError, TrainingDiverged) as error:
         print(f"sparsetrain: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -314,24 +314,48 @@ def weight_gradient(structure, geometry, x, dy):
     """The plan dW = <dy, x> at the stored weights, in the parameter's order."""
     row, channel, offsets = _forward_entries(structure, geometry, x)
     grid = _forward_grid(structure, geometry, x, dy)
-    out, weights = structure.shape[0], structure.nnz
-    order, tile, group = choose_tile(grid, out, x.array.shape[1], weights, core.tile_limits()[1], 1, x.array.itemsize)
+    out, weights, channels = structure.shape[0], structure.nnz, x.array.shape[1]
+    if row is None:
+        order, tile, group = _dense_gradient_tile(grid, channels, x.array.itemsize)
+    else:
+        order, tile, group = choose_tile(grid, out, channels, weights, core.tile_limits()[1], 1, x.array.itemsize)
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
-    indptr = structure.csr()[0] if row is not None else np.arange(out + 1) * len(offsets)
+    at_once = ROWS_AT_ONCE if row is None else 1
+    blocks = -(-out // at_once)
     # Chunks of rows each read all of x again; parts, runs of tiles, each need a copy of dW.
     read, copied = x.array.size, 3 * weights
     parts = min(
         (p for p in (1, 2, 4, 8, 16) if p <= tiles),
-        key=lambda p: min(out, TASKS // p) * read + p * copied + (p * min(out, TASKS // p) < TASKS // 2) * 1e18,
+        key=lambda p: min(blocks, TASKS // p) * read + p * copied + (p * min(blocks, TASKS // p) < TASKS // 2) * 1e18,
         default=1,
     )
-    chunks = _cut_rows(np.diff(indptr), TASKS // parts)
-    groups = channel // group
     if row is None:
         n = len(offsets)
-        segments, bounds = _segments(np.repeat(np.arange(out), n), np.tile(groups, out), 1, chunks)
+        chunks = _cut_rows(np.full(blocks, n), TASKS // parts)
+        segments, bounds = _segments(np.repeat(np.arange(blocks), n), np.tile(channel // group, blocks), 0, chunks)
+        segments[:, 0] *= at_once
         segments[:, 1] %= max(n, 1)
+        first_value = np.minimum(chunks * at_once, out) * n
     else:
-        segments, bounds = _segments(row, groups, 1, chunks)
-    first_value = indptr[chunks].astype(np.int32)
-    return _plan(x, dy, grid, tile, order, out, 1, offsets, segments, bounds, first_value, weights, parts, weights)
+        indptr = structure.csr()[0]
+        chunks = _cut_rows(np.diff(indptr), TASKS // parts)
+        segments, bounds = _segments(row, channel // group, 1, chunks)
+        first_value = indptr[chunks]
+    return _plan(
+        x, dy, grid, tile, order, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,
+        parts, weights,
+    )  # fmt: skip
+
+
+def _dense_gradient_tile(grid, channels, itemsize):
+    """(order, tile, channels of a group) of a dense weight gradient: about 96 positions, whole rows where they fit,
+    of which dy stays in L1 for four rows of output channels, and so many channels that x stays in L2."""
+    order = (0, 1, 2) if grid.extent[1] * grid.extent[2] > 1 else (2, 1, 0)
+    extent = [grid.extent[axis] for axis in order]
+    w = -(-extent[2] // -(-extent[2] // 96))
+    r = max(1, min(extent[1], 96 // w))
+    size = dict(zip(order, (1, r, w), strict=True))
+    pixels = size[0]
+    for i in (0, 1):
+        pixels *= (size[i + 1] - 1) * grid.x_pixels[i] + grid.taps[i]
+    return order, (1, r, w), max(1, min(channels, (400 << 10) // (pixels * 16 * itemsize)))

@@ -109,4 +109,4 @@ def test_readme_lists_every_model_and_data_set():
         assert f"`{name}`" in README
     for name in nn.__all__:
         if isinstance(getattr(nn, name), type):
-            assert f"`{name}`" in README or name == "Module", name
+            assert f"`{name}`" in README or name in ("Module", "Parameter"), name

@@ -12,11 +12,12 @@ from sparsetrain.nn.module import Module, no_grad, observe
 from sparsetrain.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from sparsetrain.nn.relu import ReLU
 from sparsetrain.nn.summary import summary
+from sparsetrain.sparse import Parameter
 
 Module.summary = summary
 
 __all__ = [
     "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout", "Flatten", "Linear",
-    "MaxPool2d", "Module", "ReLU", "Residual", "Sequential", "cross_entropy", "models", "mse_loss", "no_grad",
-    "observe", "summary",
+    "MaxPool2d", "Module", "Parameter", "ReLU", "Residual", "Sequential", "cross_entropy", "models", "mse_loss",
+    "no_grad", "observe", "summary",
 ]  # fmt: skip

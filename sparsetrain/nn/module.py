@@ -26,8 +26,12 @@ def no_grad():
 
 @contextmanager
 def evaluating(model):
-    """Within it, `model` is in evaluation mode and under no_grad(); each module's mode is put back afterwards."""
+    """Within it, `model` is in evaluation mode and under no_grad().
+
+    Afterwards each module's mode is put back, and backward() belongs to the last call before.
+    """
     modes = [(module, module.training) for _, module in model.named_modules()]
+    last_call = model._backward, model._output
     model.eval()
     try:
         with no_grad():
@@ -35,6 +39,7 @@ def evaluating(model):
     finally:
         for module, training in modes:
             module.training = training
+        model._backward, model._output = last_call
 
 
 @contextmanager
