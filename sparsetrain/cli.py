@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import threadpoolctl
+
 import sparsetrain as st
 from sparsetrain import checks, data, optim
 from sparsetrain._kernels import threads
@@ -345,6 +347,10 @@ def _info():
     print(f"instruction set    {st.get_isa()} (available: {', '.join(st.available_isas())})")
     allowed = "no container limit" if limit is None else f"container limit {limit:g}"
     print(f"threads            {st.get_num_threads()} ({cpus} CPUs for this process, {allowed})")
+    for pool in threadpoolctl.threadpool_info():
+        print(
+            f"thread pool        {pool['internal_api']} {pool['version'] or ''} {pool['num_threads']} ({pool['filepath']})"
+        )
     print(f"caches             {_caches()}")
     for name, version in _versions().items():
         print(f"{name:<19}{version or 'not installed'}")

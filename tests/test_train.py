@@ -90,6 +90,18 @@ def raise_interrupt(trainer):
 # The loop
 
 
+def test_a_sparse_cnn_learns_real_images():
+    """90 % of the weights removed, 5,000 images of Fashion-MNIST, 2 epochs: 10 % would be chance."""
+    manual_seed(0)
+    sets = data.load("fashion-mini")
+    scale = {"mean": sets.mean, "std": sets.std}
+    train = data.Batches(*(a[::2] for a in sets.train), 32, shuffle=True, **scale)
+    model = sparsify(nn.models.small_cnn(), 0.9, exclude=["0"])
+    run = Trainer(model, optim.SGD(model.named_parameters(), lr=0.05, momentum=0.9))
+    history = run.fit(train, 2, data.Batches(*sets.test, 250, **scale))
+    assert history[-1]["val_accuracy"] > 0.7
+
+
 @pytest.mark.parametrize("kind", [optim.SGD, optim.Adam])
 def test_a_sparse_net_learns(kind):
     run = trainer(network(0.8), kind, label_smoothing=0.1)

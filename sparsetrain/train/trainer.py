@@ -4,6 +4,7 @@ import math
 import time
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sparsetrain import checks, nn
 from sparsetrain.arrays import unpack
@@ -64,14 +65,15 @@ class Trainer:
 
         validation: batches on which to `evaluate` after each epoch. Ctrl-C ends the run and
         returns the history so far with `interrupted` True. TrainingDiverged, naming the step and
-        the layer, when the loss or a weight is not finite; files already written stay.
+        the layer, when the loss or a weight is not finite; files already written stay. Meanwhile
+        the BLAS of NumPy and SciPy has one thread: its pool and ours would starve each other.
         """
         epochs = checks.integer("epochs", epochs, low=1)
         self.history.interrupted = self.stop = False
         try:
             self._call("on_fit_begin", epochs)
             # What is not finite becomes an error below; NumPy's warnings would only come before it.
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"), threadpool_limits(1, user_api="blas"):
                 for _ in range(epochs):
                     self._epoch(train, validation)
                     if self.stop:
