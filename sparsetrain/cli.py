@@ -348,9 +348,8 @@ def _info():
     allowed = "no container limit" if limit is None else f"container limit {limit:g}"
     print(f"threads            {st.get_num_threads()} ({cpus} CPUs for this process, {allowed})")
     for pool in threadpoolctl.threadpool_info():
-        print(
-            f"thread pool        {pool['internal_api']} {pool['version'] or ''} {pool['num_threads']} ({pool['filepath']})"
-        )
+        name = f"{pool['internal_api']} {pool['version'] or ''}".strip()
+        print(f"thread pool        {name}, {pool['num_threads']} threads ({pool['filepath']})")
     print(f"caches             {_caches()}")
     for name, version in _versions().items():
         print(f"{name:<19}{version or 'not installed'}")
