@@ -57,10 +57,11 @@ class Blocked:
         return wider
 
     def __del__(self, _references=sys.getrefcount):
-        # More references than this function's own: another Blocked or a view still uses the memory.
-        array = getattr(self, "array", None)
-        if array is not None and _references(array) == 3 and _references(array.base) == 2:
-            _free.setdefault(_key(array, self.halo), []).append(array)
+        # 2 references are the attribute's and getrefcount's own. More: another Blocked or a view uses the memory.
+        # _free is None while the interpreter shuts down.
+        alone = hasattr(self, "array") and _references(self.array) == 2 and _references(self.array.base) == 2
+        if alone and _free is not None:
+            _free.setdefault(_key(self.array, self.halo), []).append(self.array)
 
 
 def _key(array, halo):
