@@ -17,7 +17,6 @@ NO_HALO = (0, 0)
 def versions(peer):
     return {
         "sparsetrain": st.__version__,
-        "from": st.__path__[0],
         "isa": st.get_isa(),
         "threads": st.get_num_threads(),
     }
