@@ -50,6 +50,7 @@ class Grid:
 
     extent: tuple
     taps: tuple  # rows and columns of x that the taps of one position span
+    x_origin: tuple  # row and column of x, from its position, where the first of them lies
     x_pixels: tuple = (1, 1)  # rows and columns of x from one position to the next
     y_pixels: tuple = (1, 1)
     y_origin: tuple = (0, 0)
@@ -167,6 +168,12 @@ def _plan(
     x, y, grid, tile, order, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights
 ):
     positions = math.prod(grid.extent)
+    # A tile's first rows and columns of x are the last ones of the tiles before, and need not be fetched again; rows
+    # only if all channels of them still lie in L2.
+    rows_bytes = x.array.itemsize * strides(x)[2] * x.array.shape[1] * (dict(zip(order, tile, strict=True))[1] + grid.taps[0])
+    known = [max(0, taps - pixels) for taps, pixels in zip(grid.taps, grid.x_pixels, strict=True)]
+    if rows_bytes > L2_BYTES:
+        known[0] = 0
     return core.Plan(
         offsets=np.r_[offsets, 0, 0, 0].astype(np.int32),
         segments=segments,
@@ -180,6 +187,9 @@ def _plan(
         x_pixels=grid.x_pixels,
         y_pixels=grid.y_pixels,
         y_origin=grid.y_origin,
+        overlap=[taps - pixels - skip for taps, pixels, skip in zip(grid.taps, grid.x_pixels, known, strict=True)],
+        x_origin=[first + skip for first, skip in zip(grid.x_origin, known, strict=True)],
+        channels=x.array.shape[1],
         rows=rows,
         rows_at_once=rows_at_once,
         n_values=n_values,
@@ -256,7 +266,7 @@ def _forward_grid(structure, geometry, x, y):
     _, _, kh, kw = (*structure.shape, 1, 1)[:4]
     blocks, _, oh, ow, _ = y.array.shape
     reach = geometry.reach((kh, kw))
-    return Grid((blocks, oh, ow), (reach[0] + 1, reach[1] + 1), geometry.stride)
+    return Grid((blocks, oh, ow), (reach[0] + 1, reach[1] + 1), tuple(-p for p in geometry.padding), geometry.stride)
 
 
 def _offsets(channel, vertical, horizontal, x):
@@ -301,7 +311,8 @@ def input_gradient(structure, geometry, dy, dx):
         here = ((a + ph - kh * dh) % sh == 0) & ((b + pw - kw * dw) % sw == 0)
         vertical, horizontal = (a + ph - kh[here] * dh) // sh, (b + pw - kw[here] * dw) // sw
         span = tuple(int(np.ptp(v)) + 1 if v.size else 1 for v in (vertical, horizontal))
-        grid = Grid((blocks, -(-(height - a) // sh), -(-(width - b) // sw)), span, (1, 1), (sh, sw), (a, b))
+        first = tuple(int(v.min()) if v.size else 0 for v in (vertical, horizontal))
+        grid = Grid((blocks, -(-(height - a) // sh), -(-(width - b) // sw)), span, first, (1, 1), (sh, sw), (a, b))
         offsets = _offsets(oc[here], vertical, horizontal, dy)
         entry_row = None if new_row is None else new_row[here]
         passes.append(

@@ -381,8 +381,9 @@ cdef class Plan:
     first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
     (block, channel, row) each, that the offsets and the tiling were made for.
     order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
-    x_pixels, y_pixels: rows and columns of x and y from one position to the next; x_origin, y_origin: the
-    pixel of the first position.
+    x_pixels, y_pixels: rows and columns of x and y from one position to the next; y_origin: the pixel of y of the
+    first position; x_origin: the first pixel to fetch ahead for it; overlap: how many pixels more than x_pixels a
+    position to fetch.
     """
     cdef:
         readonly object segments, tile, order, chunks
@@ -395,12 +396,15 @@ cdef class Plan:
         long y_step[3]
         long x_strides[3]
         long y_strides[3]
-        long y_origin
+        long pixels[3]
+        long overlap[3]
+        long pixel[3]
+        long x_origin, y_origin, channels
         double work
 
     def __init__(self, *, const int32_t[::1] offsets, const int32_t[:, ::1] segments, const int32_t[::1] chunks,
                  const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
-                 y_origin, long rows, long rows_at_once, long n_values, long parts, double work):
+                 overlap, x_origin, y_origin, long channels, long rows, long rows_at_once, long n_values, long parts, double work):
         cdef int i
         self.segments, self.chunks, self.tile, self.order = segments, chunks, tuple(tile), tuple(order)
         self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
@@ -409,11 +413,15 @@ cdef class Plan:
         x_step = x_strides[0], x_strides[2] * x_pixels[0], 16 * x_pixels[1]
         y_step = y_strides[0], y_strides[2] * y_pixels[0], 16 * y_pixels[1]
         self.y_origin = y_strides[2] * y_origin[0] + 16 * y_origin[1]
+        self.x_origin = x_strides[2] * x_origin[0] + 16 * x_origin[1]
+        self.channels = channels
+        pixels, overlap, pixel = (1, *x_pixels), (0, *overlap), (x_strides[0], x_strides[2], 16)
         self.n_tiles = 1
         for i in range(3):
             self.x_strides[i], self.y_strides[i] = x_strides[i], y_strides[i]
             self.extent[i], self._tile[i] = extent[i], tile[i]
             self.x_step[i], self.y_step[i] = x_step[order[i]], y_step[order[i]]
+            self.pixels[i], self.overlap[i], self.pixel[i] = pixels[order[i]], overlap[order[i]], pixel[order[i]]
             self.n_tiles *= (self.extent[i] + self._tile[i] - 1) // self._tile[i]
 
     @property
@@ -437,6 +445,8 @@ cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :,
     a.first_value = &p._first_value[0] if p._first_value is not None else NULL
     for i in range(3):
         a.extent[i], a.tile[i], a.x_step[i], a.y_step[i] = p.extent[i], p._tile[i], p.x_step[i], p.y_step[i]
+        a.pixels[i], a.overlap[i], a.pixel[i] = p.pixels[i], p.overlap[i], p.pixel[i]
+    a.origin, a.x_channel, a.channels = p.x_origin, p.x_strides[1], p.channels
     return a
 
 

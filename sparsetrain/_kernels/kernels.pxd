@@ -34,6 +34,10 @@ cdef extern from "dispatch.hh" nogil:
         long x_step[3]
         long y_step[3]
         long y_channel
+        long pixels[3]
+        long overlap[3]
+        long pixel[3]
+        long origin, x_channel, channels
         const T *values
         const T *bias
         bint accumulate

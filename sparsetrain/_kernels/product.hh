@@ -11,12 +11,36 @@ constexpr int MAX_GRADIENT_TILE = REGISTERS - 8;
 constexpr int MAX_DENSE_TILE = (REGISTERS - 6) / ROWS_AT_ONCE;
 constexpr int MAX_R = 4, MAX_W = 16;         // of any tile
 
+// Fetches what the next tile reads of x, and this one did not, into L2, a share of it with each segment of this tile: the hardware's prefetcher
+// loses rows that are shorter than a page. A 64-channel 56x56 convolution at 90 %: 5.9 ms without, 3.6 ms with it.
+template <class T> struct Ahead {
+    const T *channel = nullptr;  // of the line that comes next
+    long x_channel, step[2], lines, width, line = 0, left = 0;
+    long share = 0, credit = 0;  // lines a segment, in 1/256
+
+    Ahead(const Product<T> &a, const long *size, const T *next, long segments) {
+        if (!next) return;
+        long count[3];
+        for (int i = 0; i < 3; i++) count[i] = size[i] * a.pixels[i] + a.overlap[i];
+        channel = next + a.origin, x_channel = a.x_channel, step[0] = a.pixel[1], step[1] = a.pixel[2];
+        lines = count[1], width = count[2], left = lines * a.channels, share = 256 * left / segments + 1;
+    }
+    __attribute__((always_inline)) void fetch() {
+        for (credit += share; credit >= 256 && left > 0; credit -= 256, left--) {
+            const T *p = channel + line * step[0];
+            for (long i = 0; i < width; i++) __builtin_prefetch(p + i * step[1], 0, 2);
+            if (++line == lines) line = 0, channel += x_channel;
+        }
+    }
+};
+
 // X_STEP is the distance between two columns of x where it is known when compiling (16), else 0.
 template <int U, int R, int W, int X_STEP, class T>
-void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment *s, const Segment *end) {
+void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment *s, const Segment *end, Ahead<T> ahead) {
     constexpr int L = Vec<T>::lanes;
     const long x_row = a.x_step[1], x_col = X_STEP ? X_STEP : a.x_step[2];
-    for (; s < end; s++)
+    for (; s < end; s++) {
+        ahead.fetch();
         for (long lane = 0; lane < IMAGES; lane += L) {
             V<T> acc[U][R][W];
             T *part = scratch + s->row * (R * W * IMAGES) + lane;
@@ -37,12 +61,17 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                     UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = load(part + ((u * R + r) * W + w) * IMAGES);
             }
             for (; offset < stop; offset++, value += U) {
-                const T *p = xl + *offset;
+                const T *row = xl + *offset;
                 V<T> weight[U];
                 UNROLL for (int u = 0; u < U; u++) weight[u] = splat(value[u]);
-                UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++) {
-                    const V<T> xv = load(p + r * x_row + w * x_col);
-                    UNROLL for (int u = 0; u < U; u++) acc[u][r][w] += weight[u] * xv;
+                UNROLL for (int r = 0; r < R; r++, row += x_row) {
+                    OPAQUE(row);
+                    const T *p = row;
+                    UNROLL for (int w = 0; w < W; w++, p += x_col) {
+                        if (!X_STEP) OPAQUE(p);
+                        const V<T> xv = load(p);
+                        UNROLL for (int u = 0; u < U; u++) acc[u][r][w] += weight[u] * xv;
+                    }
                 }
             }
             if (s->flags & LAST) {
@@ -54,14 +83,19 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                     UNROLL for (int w = 0; w < W; w++) store(part + ((u * R + r) * W + w) * IMAGES, acc[u][r][w]);
             }
         }
+    }
 }
 
 // Four weights at a time, so that their sums over the lanes are formed together.
 template <int R, int W, int X_STEP, class T>
-void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const Segment *s, const Segment *end) {
+void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const Segment *s, const Segment *end, Ahead<T> ahead, const T *next_dy) {
     constexpr int L = Vec<T>::lanes;
     const long x_row = a.x_step[1], x_col = X_STEP ? X_STEP : a.x_step[2];
-    for (; s < end; s++)
+    for (; s < end; s++) {
+        ahead.fetch();
+        if (next_dy && s->flags & FIRST)
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
+                __builtin_prefetch(next_dy + s->row * a.y_channel + r * a.y_step[1] + w * a.y_step[2], 0, 2);
         for (long lane = 0; lane < IMAGES; lane += L) {
             V<T> g[R][W];
             const T *in = dy + s->row * a.y_channel + lane, *xl = x + lane;
@@ -74,10 +108,16 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
             for (int32_t left = s->count; left > 0; left -= 4, offset += 4, dv += 4) {
                 V<T> acc[4];
                 UNROLL for (int q = 0; q < 4; q++) {
-                    const T *p = xl + offset[q];
+                    const T *row = xl + offset[q];
                     acc[q] = V<T>{};
-                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
-                        acc[q] += g[r][w] * load(p + r * x_row + w * x_col);
+                    UNROLL for (int r = 0; r < R; r++, row += x_row) {
+                        OPAQUE(row);
+                        const T *p = row;
+                        UNROLL for (int w = 0; w < W; w++, p += x_col) {
+                            if (!X_STEP) OPAQUE(p);
+                            acc[q] += g[r][w] * load(p);
+                        }
+                    }
                 }
                 if (left >= 4) {
                     add_sums<T>(acc, dv);
@@ -88,6 +128,7 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
                 }
             }
         }
+    }
 }
 
 // The weight gradient of a dense layer: every entry meets every row, so rows x entries sums stay in registers while
@@ -135,8 +176,8 @@ void dense_sddmm_tile(const Product<T> &a, const long *size, const T *x, const T
         }
 }
 
-template <class T> using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *);
-template <class T> using SddmmTile = void (*)(const Product<T> &, const T *, const T *, T *, const Segment *, const Segment *);
+template <class T> using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *, Ahead<T>);
+template <class T> using SddmmTile = void (*)(const Product<T> &, const T *, const T *, T *, const Segment *, const Segment *, Ahead<T>, const T *);
 
 // Which tiles are compiled: all that the registers hold, up to R rows of 8 columns, or two longer rows.
 constexpr bool has_tile(int r, int w, int limit) { return r * w <= limit && (w <= 8 || r <= 2); }
@@ -188,28 +229,35 @@ INLINE long distance(const Tile &t, const long *step) {
 
 template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
     FlushToZero flush;
-    const long n = n_tiles(*a), chunk = task / n;
-    const Tile t = cut(*a, task % n);
-    const auto &table = a->rows_at_once == 1 ? tiles<T>.sparse : tiles<T>.dense;
-    table[t.size[1] - 1][t.size[2] - 1][a->x_step[2] == IMAGES](
-        *a, a->x + distance(t, a->x_step), a->y + distance(t, a->y_step), scratch,
-        a->segments + a->chunks[chunk], a->segments + a->chunks[chunk + 1]);
+    const long n = n_tiles(*a), chunk = task / n, number = task % n;
+    const Tile t = cut(*a, number);
+    const Segment *begin = a->segments + a->chunks[chunk], *end = a->segments + a->chunks[chunk + 1];
+    const bool sparse = a->rows_at_once == 1;
+    const T *next = sparse && number + 1 < n ? a->x + distance(cut(*a, number + 1), a->x_step) : nullptr;
+    (sparse ? tiles<T>.sparse : tiles<T>.dense)[t.size[1] - 1][t.size[2] - 1][a->x_step[2] == IMAGES](
+        *a, a->x + distance(t, a->x_step), a->y + distance(t, a->y_step), scratch, begin, end,
+        Ahead<T>(*a, t.size, next, end - begin));
 }
 
 template <class T> void sddmm(const Product<T> *a, long task) {
     FlushToZero flush;
-    const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts;
+    const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts, stop = n * (part + 1) / a->parts;
+    const Segment *begin = a->segments + a->chunks[chunk], *end = a->segments + a->chunks[chunk + 1];
+    const bool next_to = a->x_step[2] == IMAGES;
     T *dvalues = a->dvalues + part * a->n_values;
     for (long i = a->first_value[chunk]; i < a->first_value[chunk + 1]; i++) dvalues[i] = 0;
-    for (long number = n * part / a->parts; number < n * (part + 1) / a->parts; number++) {
+    for (long number = n * part / a->parts; number < stop; number++) {
         const Tile t = cut(*a, number);
         const T *x = a->x + distance(t, a->x_step), *dy = a->y + distance(t, a->y_step);
-        const Segment *begin = a->segments + a->chunks[chunk], *end = a->segments + a->chunks[chunk + 1];
-        const bool next = a->x_step[2] == IMAGES;
+        const bool more = number + 1 < stop;
+        const Tile u = cut(*a, number + more);
+        const T *next = more ? a->x + distance(u, a->x_step) : nullptr;
+        const T *next_dy = more ? a->y + distance(u, a->y_step) : nullptr;
         if (a->rows_at_once == 1)
-            tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][next](*a, x, dy, dvalues, begin, end);
+            tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][next_to](*a, x, dy, dvalues, begin, end,
+                                                                     Ahead<T>(*a, t.size, next, end - begin), next_dy);
         else
-            (next ? dense_sddmm_tile<IMAGES, T> : dense_sddmm_tile<0, T>)(*a, t.size, x, dy, dvalues, begin, end);
+            (next_to ? dense_sddmm_tile<IMAGES, T> : dense_sddmm_tile<0, T>)(*a, t.size, x, dy, dvalues, begin, end);
     }
 }
 
