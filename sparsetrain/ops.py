@@ -4,10 +4,13 @@ Each forward returns its output, with a halo as its consumer wants it; each back
 the halo that its consumer wants. Parameters' gradients are written through Parameter.gradient().
 """
 
+from functools import partial
+
 import numpy as np
 
 from sparsetrain import arrays, plans
 from sparsetrain._kernels import core
+from sparsetrain.normed import Normed, NormedGradient
 
 
 def _planned(weight, kind, geometry, build, *blocked):
@@ -65,6 +68,79 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     for step in _planned(weight, "input", geometry, plans.input_gradient, dy, dx):
         core.spmm(step.plan, dy.array, _values(weight, step), None, dx.array, into is not None)
     return dx
+
+
+def can_band(x, weight, geometry):
+    """Whether conv2d_bands() is worth while for this x."""
+    output = geometry.output(weight.shape[2:], *x.shape[2:])
+    blocks = -(-x.n // arrays.IMAGES)
+    return plans.can_band(weight.structure, geometry, (blocks, *x.shape[1:], arrays.IMAGES), output)
+
+
+def _band_arguments(x, geometry):
+    """(x or what it is formed of, what forms it for core's functions)."""
+    if not isinstance(x, Normed):
+        return x.with_halo(geometry.padding), {}
+    add = None if x.add is None else x.add.array
+    forming = {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu, "add": add}
+    if x.formed is not None:
+        x.formed = x.with_halo(geometry.padding)
+        forming["formed"] = x.formed.array
+    return x.x, forming
+
+
+def conv2d_bands(x, weight, geometry, moments):
+    """conv2d() of a Blocked or Normed x, which is formed band by band. Writes mean and biased variance of y, (O,) each,
+    to the pair `moments` unless None."""
+    source, forming = _band_arguments(x, geometry)
+    formed = not isinstance(x, Normed) or x.formed is not None
+    y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)
+    lies = x.formed if formed and isinstance(x, Normed) else source
+    build = partial(plans.forward_bands, formed=formed)
+    plan, step = _planned(weight, ("forward bands", formed), geometry, build, lies, y)
+    keep = None
+    if not formed and x.keep is not None:
+        keep = x.like(tuple(map(max, x.keep, geometry.padding)))
+        forming["keep"] = keep.array
+    mean, var = moments or (None, None)
+    core.conv_bands(plan, x.n, source.array, _values(weight, step), None, y.array, mean, var, **forming)
+    if keep is not None:
+        x.formed = keep
+    return y
+
+
+def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=None):
+    """dx of conv2d_bands(), added to the Blocked `into` if given; adds the gradient of weight too. No dx if halo is None.
+
+    norm: the Norm of y; dy: the NormedGradient of its output. The dx of a Normed is a NormedGradient.
+    """
+    source, forming = _band_arguments(x, geometry)
+    formed = not isinstance(x, Normed) or x.formed is not None
+    lies = x.formed if formed and isinstance(x, Normed) else source
+    dx = None if halo is None else x.like(halo) if into is None else into
+    build = partial(plans.backward_bands, formed=formed)
+    if dx is None:
+        build = partial(build, dx=None)
+    plan, steps = _planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
+    values, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
+    mean_g, slope = np.zeros((2, weight.shape[0]), dtype)
+    if norm.training:
+        mean_g[:], slope[:] = dy.sums[0] / values, dy.sums[1] / values * norm.inverse**2
+    grad, accumulate = weight.gradient()
+    if isinstance(x, Normed):
+        forming["x_mean"] = x.norm.mean
+    sums = core.conv_bands_backward(
+        plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, mean_g, slope, grad.reshape(-1), accumulate,
+        None if dx is None else dx.array, [_values(weight, step) for step in steps], into is not None, **forming,
+    )  # fmt: skip
+    return dx if sums is None else NormedGradient(dx, sums)
+
+
+def normed_gradient(y, dy):
+    """The NormedGradient of the Normed y from any gradient of it, which is changed."""
+    add = None if y.add is None else y.add.array
+    norm = y.norm
+    return NormedGradient(dy, core.norm_gradient_sums(y.x.array, dy.array, norm.scale, norm.shift, norm.mean, y.relu, add))
 
 
 def relu(x, halo=(0, 0)):

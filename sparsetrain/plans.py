@@ -216,7 +216,7 @@ class Pass:
         return len(self.source) * self.rows_at_once * -(-self.n_rows // self.rows_at_once)
 
 
-def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, dense_step):
+def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, dense_step, tasks):
     """The Pass that writes y. entry_row None: every row has all the entries (a dense layer, values packed
     ROWS_AT_ONCE rows side by side, row_step dense_step); else entry_row ascends and the values are one an entry."""
     limit, _, dense_limit = core.tile_limits()
@@ -226,7 +226,7 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
         grid, rows, channels, weights, dense_limit if entry_row is None else limit, at_once, x.array.itemsize
     )
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
-    pieces = -(-TASKS // tiles)
+    pieces = -(-tasks // tiles)
     groups = entry_channel // group
     if entry_row is None:
         blocks = -(-rows // ROWS_AT_ONCE)
@@ -273,7 +273,7 @@ def _offsets(channel, vertical, horizontal, x):
     _, per_channel, per_row = strides(x)
     offsets = channel.astype(np.int64) * per_channel + vertical * per_row + horizontal * 16
     if len(offsets) and max(offsets.max(), -offsets.min()) >= 2**31:
-        raise ValueError(f"x has shape {x.shape}: 16 images of it reach 2**31 elements, more than an offset can say")
+        raise ValueError(f"x has shape {x.array.shape}: 16 images of it reach 2**31 elements, more than an offset can say")
     return offsets
 
 
@@ -283,16 +283,16 @@ def _forward_entries(structure, geometry, x):
     return row, channel, _offsets(channel, kh * dh - ph, kw * dw - pw, x)
 
 
-def forward(structure, geometry, x, y):
-    """The Pass y = W x."""
+def forward(structure, geometry, x, y, tasks=TASKS):
+    """The Pass y = W x, in at least so many tasks if the shape allows."""
     row, channel, offsets = _forward_entries(structure, geometry, x)
     columns = math.prod(structure.shape[1:])
     source = np.arange(len(offsets), dtype=np.int32) if row is None else None
     grid = _forward_grid(structure, geometry, x, y)
-    return _spmm(x, y, grid, structure.shape[0], x.array.shape[1], row, channel, offsets, source, columns)
+    return _spmm(x, y, grid, structure.shape[0], x.array.shape[1], row, channel, offsets, source, columns, tasks)
 
 
-def input_gradient(structure, geometry, dy, dx):
+def input_gradient(structure, geometry, dy, dx, tasks=TASKS):
     """The Passes that together write dx = W^T dy: one for each phase of the strides."""
     out, per_group, kernel_h, kernel_w = (*structure.shape, 1, 1)[:4]
     row, channel, kh, kw = _entries(structure, geometry)
@@ -316,12 +316,12 @@ def input_gradient(structure, geometry, dy, dx):
         offsets = _offsets(oc[here], vertical, horizontal, dy)
         entry_row = None if new_row is None else new_row[here]
         passes.append(
-            _spmm(dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, source[here].astype(np.int32), taps)
+            _spmm(dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, source[here].astype(np.int32), taps, tasks)
         )
     return passes
 
 
-def weight_gradient(structure, geometry, x, dy):
+def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
     """The plan dW = <dy, x> at the stored weights, in the parameter's order."""
     row, channel, offsets = _forward_entries(structure, geometry, x)
     grid = _forward_grid(structure, geometry, x, dy)
@@ -336,26 +336,132 @@ def weight_gradient(structure, geometry, x, dy):
     # Chunks of rows each read all of x again; parts, runs of tiles, each need a copy of dW.
     read, copied = x.array.size, 3 * weights
     parts = min(
-        (p for p in (1, 2, 4, 8, 16) if p <= tiles),
-        key=lambda p: min(blocks, TASKS // p) * read + p * copied + (p * min(blocks, TASKS // p) < TASKS // 2) * 1e18,
+        (p for p in (1, 2, 4, 8, 16) if p <= min(tiles, tasks)),
+        key=lambda p: min(blocks, tasks // p) * read + p * copied + (p * min(blocks, tasks // p) < tasks // 2) * 1e18,
         default=1,
     )
     if row is None:
         n = len(offsets)
-        chunks = _cut_rows(np.full(blocks, n), TASKS // parts)
+        chunks = _cut_rows(np.full(blocks, n), tasks // parts)
         segments, bounds = _segments(np.repeat(np.arange(blocks), n), np.tile(channel // group, blocks), 0, chunks)
         segments[:, 0] *= at_once
         segments[:, 1] %= max(n, 1)
         first_value = np.minimum(chunks * at_once, out) * n
     else:
         indptr = structure.csr()[0]
-        chunks = _cut_rows(np.diff(indptr), TASKS // parts)
+        chunks = _cut_rows(np.diff(indptr), tasks // parts)
         segments, bounds = _segments(row, channel // group, 1, chunks)
         first_value = indptr[chunks]
     return _plan(
         x, dy, grid, tile, order, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,
         parts, weights,
     )  # fmt: skip
+
+
+# ---- bands of a convolution between batch norms
+
+BAND_BYTES = 400 << 10  # of what is formed for a band, so that it stays in L2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where something lies, for a plan: an array that is never read."""
+
+    array: np.ndarray
+
+    @classmethod
+    def of(cls, shape, strides, dtype):
+        """(blocks, channels, height, width), elements between blocks, channels and rows."""
+        size = np.dtype(dtype).itemsize
+        strides = tuple(size * s for s in (*strides, 16, 1))
+        return cls(np.lib.stride_tricks.as_strided(np.empty(1, dtype), (*shape, 16), strides))
+
+    @classmethod
+    def scratch(cls, channels, lines, width, dtype):
+        """Pixels packed tightly, an odd number of them from channel to channel (see arrays._allocate)."""
+        row = width * 16
+        return cls.of((1, channels, lines, width), (0, (lines * width | 1) * 16, row), dtype)
+
+    @property
+    def size(self):
+        """Elements of a block."""
+        return self.array.shape[1] * strides(self)[1]
+
+
+def can_band(structure, geometry, x_shape, output):
+    """Whether a convolution of an x of the blocked shape to an output of (height, width) runs by bands: its images are
+    not tiny, and its weights fewer than its activations."""
+    blocks, channels, height, width, images = x_shape
+    activations = blocks * images * (channels * height * width + structure.shape[0] * math.prod(output))
+    few = 4 * structure.nnz <= activations
+    return math.prod(geometry.stride) <= core.MAX_PHASES and math.prod(output) >= 64 and few
+
+
+def _band_rows(x, y, geometry, line_bytes):
+    """Output rows of a band."""
+    blocks, _, height = y.array.shape[:3]
+    rows = max(4, min(BAND_BYTES // line_bytes, -(-height // -(-TASKS // blocks))))
+    return -(-height // -(-height // rows))
+
+
+def _band_input(x, geometry, reach, rows, formed):
+    """The Layout of what a band reads of x: x itself if it is `formed`, else scratch."""
+    if formed:
+        return x, 0
+    _, channels, _, width, _ = x.array.shape
+    lines = (rows - 1) * geometry.stride[0] + reach[0] + 1
+    scratch = Layout.scratch(channels, lines, width + 2 * geometry.padding[1], x.array.dtype)
+    return scratch, scratch.size
+
+
+def _line_bytes(array, pixels):
+    return array.array.shape[1] * (array.array.shape[3] + pixels) * 16 * array.array.itemsize
+
+
+def forward_bands(structure, geometry, x, y, formed):
+    """(BandPlan, Pass) of y = W x. formed: x is read where it lies, else it is formed in scratch."""
+    kernel = structure.shape[2:]
+    reach = geometry.reach(kernel)
+    _, out, _, width, _ = y.array.shape
+    line_bytes = 0 if formed else geometry.stride[0] * _line_bytes(x, 2 * geometry.padding[1])
+    rows = _band_rows(x, y, geometry, line_bytes + _line_bytes(y, 0))
+    source, size = _band_input(x, geometry, reach, rows, formed)
+    band = Layout.of((1, out, rows, width), strides(y), y.array.dtype)
+    step = forward(structure, geometry, source, band, tasks=1)
+    plan = core.BandPlan(
+        rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0], forward=step.plan,
+        gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
+    )  # fmt: skip
+    return plan, step
+
+
+def backward_bands(structure, geometry, x, y, dx, formed):
+    """(BandPlan, Passes of the input gradient) of y = W x. dx may be None."""
+    kernel = structure.shape[2:]
+    reach, halo, stride = geometry.reach(kernel), geometry.grad_halo(kernel), geometry.stride
+    _, out, height, width, _ = y.array.shape
+    line_bytes = 0 if formed else stride[0] * _line_bytes(x, 2 * geometry.padding[1])
+    rows = _band_rows(x, y, geometry, line_bytes + _line_bytes(y, 2 * halo[1]))
+    source, x_size = _band_input(x, geometry, reach, rows, formed)
+    dy = Layout.scratch(out, rows + 2 * halo[0], width + 2 * halo[1], y.array.dtype)
+    band = Layout.of((1, out, rows, width), strides(dy), y.array.dtype)
+    gradient = weight_gradient(structure, geometry, source, band, tasks=1)
+    steps = []
+    if dx is not None:
+        _, channels, dx_height, dx_width, _ = dx.array.shape
+        dx_rows = rows * stride[0] if rows < height else dx_height
+        dx_band = Layout.of((1, channels, dx_rows, dx_width), strides(dx), y.array.dtype)
+        steps = input_gradient(structure, geometry, band, dx_band, tasks=1)
+    bands = y.array.shape[0] * -(-height // rows)
+    parts = min(16, bands)
+    while parts > 4 and parts * structure.nnz > x.array.size + y.array.size:
+        parts //= 2
+    plan = core.BandPlan(
+        rows=rows, parts=parts, stride=stride[0], padding=geometry.padding, reach=reach[0], forward=None,
+        gradient=gradient, input=[step.plan for step in steps], phases_across=min(stride[1], x.array.shape[3]),
+        x_size=x_size, dy_size=dy.size, dy_halo=halo,
+    )  # fmt: skip
+    return plan, steps
 
 
 def _dense_gradient_tile(grid, channels, itemsize):

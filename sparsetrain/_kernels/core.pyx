@@ -15,10 +15,10 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from sparsetrain._kernels import threads as _threads
 
 from sparsetrain._kernels cimport kernels
-from sparsetrain._kernels.kernels cimport BatchNorm, Build, Product, Segment, Shape, View, Windows
+from sparsetrain._kernels.kernels cimport Bands, BatchNorm, Build, Product, Segment, Shape, View, Windows
 
 
-FIRST, LAST, ROWS_AT_ONCE = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE  # of segments, as in kernels.hh
+FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES  # of segments, as in kernels.hh
 
 
 # ---- instruction sets and threads
@@ -430,9 +430,28 @@ cdef class Plan:
         return self.n_tiles * self.n_chunks
 
 
-cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y) except *:
+cdef Product[floating] product_of(Plan p, floating example) noexcept:
+    """What the plan says; where x and y lie is still to be set."""
     cdef:
         Product[floating] a
+        int i
+    a.y_channel = p.y_strides[1]
+    a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
+    a.rows, a.rows_at_once, a.n_values, a.parts = p.rows, p.rows_at_once, p.n_values, p.parts
+    a.first_value = &p._first_value[0] if p._first_value is not None else NULL
+    a.accumulate = False
+    a.bias = NULL
+    a.values = NULL
+    for i in range(3):
+        a.extent[i], a.tile[i], a.x_step[i], a.y_step[i] = p.extent[i], p._tile[i], p.x_step[i], p.y_step[i]
+        a.pixels[i], a.overlap[i], a.pixel[i] = p.pixels[i], p.overlap[i], p.pixel[i]
+    a.origin, a.x_channel, a.channels = p.x_origin, p.x_strides[1], p.channels
+    return a
+
+
+cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y) except *:
+    cdef:
+        Product[floating] a = product_of(p, <floating>0)
         View[floating] xv = view(x), yv = view(y)
         int i
     for i in range(3):  # NumPy exports any stride for an axis of length 1
@@ -440,13 +459,6 @@ cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :,
                 or y.shape[i] > 1 and y.strides[i] != p.y_strides[i] * <long>sizeof(floating)):
             raise ValueError("the plan was made for arrays with other strides")
     a.x, a.y, a.y_channel = xv.data, yv.data + p.y_origin, yv.channel
-    a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
-    a.rows, a.rows_at_once, a.n_values, a.parts = p.rows, p.rows_at_once, p.n_values, p.parts
-    a.first_value = &p._first_value[0] if p._first_value is not None else NULL
-    for i in range(3):
-        a.extent[i], a.tile[i], a.x_step[i], a.y_step[i] = p.extent[i], p._tile[i], p.x_step[i], p.y_step[i]
-        a.pixels[i], a.overlap[i], a.pixel[i] = p.pixels[i], p.overlap[i], p.pixel[i]
-    a.origin, a.x_channel, a.channels = p.x_origin, p.x_strides[1], p.channels
     return a
 
 
@@ -535,6 +547,221 @@ def pack_values(const floating[::1] weights, const int32_t[::1] source, long row
     w, from_, v = &weights[0], &source[0], &values[0]  # OUT values
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.pack_values(n * c // chunks, n * (c + 1) // chunks, entries, rows, n_rows, row_step, from_, w, v)
+
+
+# ---- convolutions between batch norms
+
+cdef class BandPlan:
+    """How a convolution runs band by band of `rows` output rows; plans.py builds it.
+
+    forward, or gradient and input: the Plans of a band of one image block; input: those of the phases of its dx,
+    phases_across of them side by side. x_size, dy_size: elements of the scratch that the input (0: it lies in memory) and
+    the output's gradient are formed in. parts: into how many runs the bands are cut for the weight gradient.
+    """
+    cdef:
+        readonly Plan forward, gradient
+        readonly tuple input
+        readonly long rows, parts
+        long stride, reach, phases_across, x_channel, x_row, x_size, dy_channel, dy_row, dy_size, tile_size
+        long padding[2]
+        long dy_halo[2]
+
+    def __init__(self, *, long rows, long parts, long stride, padding, long reach, Plan forward, Plan gradient, input,
+                 long phases_across, long x_size, long dy_size, dy_halo):
+        cdef Plan p
+        self.rows, self.parts, self.stride, self.reach, self.phases_across = rows, parts, stride, reach, phases_across
+        self.forward, self.gradient, self.input = forward, gradient, tuple(input)
+        self.padding[0], self.padding[1] = padding
+        self.dy_halo[0], self.dy_halo[1] = dy_halo
+        p = gradient if forward is None else forward
+        self.x_channel, self.x_row, self.x_size, self.dy_size = p.x_strides[1], p.x_strides[2], x_size, dy_size
+        if gradient is not None:
+            self.dy_channel, self.dy_row = gradient.y_strides[1], gradient.y_strides[2]
+        self.tile_size = 0
+        for p in self.input if forward is None else (forward,):
+            self.tile_size = max(self.tile_size, (p.rows + p.rows_at_once) * p._tile[1] * p._tile[2] * 16)
+
+
+cdef int row_axis(Plan p) except -1:
+    return p.order.index(1)
+
+
+cdef View[floating] nothing(floating example) noexcept:
+    cdef View[floating] v
+    v.data = NULL
+    v.block = v.channel = v.row = 0
+    return v
+
+
+cdef View[floating] maybe(floating[:, :, :, :, :] a) noexcept:
+    return nothing(<floating>0) if a is None else view(a)
+
+
+cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
+                           bint relu, floating[:, :, :, :, :] add, floating[:, :, :, :, :] formed,
+                           const floating[::1] scale, const floating[::1] shift) except *:
+    """x: as the batch norm before read it if scale is given, else as the convolution reads it."""
+    cdef Bands[floating] a
+    a.x_shape, a.y_shape = shape_of(x, images), shape_of(y, images)
+    a.rows, a.stride, a.reach, a.relu = p.rows, p.stride, p.reach, relu
+    a.padding[0], a.padding[1] = p.padding[0], p.padding[1]
+    a.x_channel, a.x_row, a.x_size = p.x_channel, p.x_row, p.x_size
+    a.raw, a.add, a.y, a.keep = view(x), maybe(add), view(y), nothing(<floating>0)
+    a.formed = a.raw if scale is None else maybe(formed)
+    a.scale = NULL
+    a.shift = NULL
+    if scale is not None:
+        same_length("scale", scale.shape[0], x.shape[1])
+        same_length("shift", shift.shape[0], x.shape[1])
+        a.scale, a.shift = &scale[0], &shift[0]
+    if add is not None:
+        same_shape(x, add)
+    if formed is not None:
+        same_shape(x, formed)
+    return a
+
+
+def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floating[::1] values,
+               const floating[::1] bias, floating[:, :, :, :, :] y, floating[::1] mean, floating[::1] var,
+               const floating[::1] scale=None, const floating[::1] shift=None, bint relu=False,
+               floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None,
+               floating[:, :, :, :, :] keep=None):
+    """y[:] = the convolution of x, or, if scale is given, of relu(x scale + shift + add), which is also kept in `keep`
+    or lies already in `formed`. mean and var, unless None, become those of y, biased.
+
+    formed, and x without scale, have the halo that the plan was made for.
+    """
+    cdef:
+        Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)  # OUT y
+        long cuts = (y.shape[2] + plan.rows - 1) // plan.rows, n = y.shape[0] * cuts, i, c, channels = y.shape[1]
+        int threads = team(n, plan.forward.work * n / 8)
+        long each = plan.x_size + plan.tile_size
+        floating[::1] scratch = borrow(each * threads, <floating>0)
+        floating *s = &scratch[0]
+        double[::1] moments
+        double count, total, m, squares, here
+        double *v
+    same_length("values", values.shape[0], plan.forward.n_values)
+    a.forward = product_of(plan.forward, <floating>0)
+    a.forward_axis = row_axis(plan.forward)
+    a.forward.values = &values[0] if values.shape[0] else NULL
+    if bias is not None:
+        same_length("bias", bias.shape[0], channels)
+        a.forward.bias = &bias[0]
+    if keep is not None:
+        same_shape(x, keep)
+        a.keep = view(keep)  # OUT
+    a.moments = NULL
+    if mean is not None:
+        same_length("mean", mean.shape[0], channels)
+        same_length("var", var.shape[0], channels)
+        moments = np.empty(3 * n * channels)
+        a.moments = &moments[0]
+    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.conv_band(&a, i, s + each * threadid())
+    _scratch.append(scratch.base.base)
+    if mean is None:
+        return
+    for c in range(channels):  # Chan, Golub & LeVeque's way to join the bands, in their order
+        total = m = squares = 0
+        for i in range(n):
+            v = a.moments + (i * channels + c) * 3
+            count = min(16, images - i // cuts * 16) * min(plan.rows, y.shape[2] - i % cuts * plan.rows) * y.shape[3]
+            here = v[0] + v[1] / count
+            squares += v[2] - v[1] * v[1] / count + (here - m) * (here - m) * total * count / (total + count)
+            m += (here - m) * count / (total + count)
+            total += count
+        mean[c], var[c] = <floating>m, <floating>(squares / total)  # OUT
+
+
+def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
+                        floating[:, :, :, :, :] g, const floating[::1] y_scale, const floating[::1] y_mean,
+                        const floating[::1] mean_g, const floating[::1] slope, floating[::1] grad, bint accumulate,
+                        floating[:, :, :, :, :] dx, list values, bint add_to_dx, const floating[::1] scale=None,
+                        const floating[::1] shift=None, const floating[::1] x_mean=None, bint relu=False,
+                        floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None):
+    """Gradients of conv_bands(): those of the weights to grad, and that of its input to dx (added if add_to_dx) unless None.
+
+    g: that of the batch norm of y, zero where its ReLU is closed; the gradient of y is y_scale (g - mean_g - (y - y_mean)
+    slope). values: those of each Plan of plan.input. Returns, if scale is given, the sums (2, channels) of dx, which is
+    made zero where the ReLU of x is closed, and of dx (x - x_mean).
+    """
+    cdef:
+        Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)
+        long parts = plan.parts, n = plan.gradient.n_values, i, c, chunks, each
+        int threads = team(parts, plan.gradient.work * parts)
+        floating[::1] partial = borrow(n * parts + 1, <floating>0), scratch
+        const floating[::1] v
+        floating *s
+        floating *p = &partial[0]
+        floating *gp
+        double[:, :, ::1] sums
+        Plan step
+        Product[floating] phase
+    same_shape(y, g)
+    a.g, a.parts, a.phases, a.phases_across = view(g), parts, 0, plan.phases_across
+    same_length("y_scale", y_scale.shape[0], y.shape[1])
+    same_length("y_mean", y_mean.shape[0], y.shape[1])
+    same_length("mean_g", mean_g.shape[0], y.shape[1])
+    same_length("slope", slope.shape[0], y.shape[1])
+    a.y_scale, a.y_mean, a.mean_g, a.slope = &y_scale[0], &y_mean[0], &mean_g[0], &slope[0]
+    a.dy_halo[0], a.dy_halo[1] = plan.dy_halo[0], plan.dy_halo[1]
+    a.dy_channel, a.dy_row, a.dy_size = plan.dy_channel, plan.dy_row, plan.dy_size
+    a.gradient, a.gradient_axis = product_of(plan.gradient, <floating>0), row_axis(plan.gradient)
+    a.gradient.dvalues = p
+    same_length("grad", grad.shape[0], n)
+    a.sums = NULL
+    if dx is not None:
+        same_shape(x, dx)
+        a.dx = view(dx)  # OUT
+        for i in range(len(plan.input)):
+            step, v = plan.input[i], values[i]
+            same_length("values", v.shape[0], step.n_values)
+            phase = product_of(step, <floating>0)
+            phase.values, phase.accumulate = &v[0] if v.shape[0] else NULL, add_to_dx
+            a.add_phase(phase, row_axis(step), step.y_origin)
+        if scale is not None:
+            same_length("x_mean", x_mean.shape[0], x.shape[1])
+            sums = np.empty((parts, x.shape[1], 2))
+            a.sums, a.x_mean = &sums[0, 0, 0], &x_mean[0]
+    each = plan.x_size + plan.dy_size + plan.tile_size
+    scratch = borrow(each * threads, <floating>0)
+    s = &scratch[0]
+    for i in prange(parts, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.conv_band_backward(&a, i, s + each * threadid())
+    if n:
+        gp = &grad[0]  # OUT
+        threads = team(2, <double>n * parts)
+        chunks = chunks_of(n, threads)
+        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, p, gp, accumulate)
+    _scratch.append(partial.base.base)
+    _scratch.append(scratch.base.base)
+    if a.sums != NULL:
+        return np.asarray(sums).sum(0).T
+
+
+def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, const floating[::1] scale,
+                       const floating[::1] shift, const floating[::1] mean, bint relu,
+                       floating[:, :, :, :, :] add=None):
+    """Makes dx, the gradient of relu(x scale + shift + add), zero where the ReLU is closed. Returns the sums (2, channels)
+    of it and of it times x - mean."""
+    cdef:
+        Bands[floating] a
+        double[:, :, ::1] sums = np.empty((min(16, x.shape[0]), x.shape[1], 2))
+        long parts = sums.shape[0], i
+        int threads = team(parts, size(shape_of(x, 16)))
+    same_shape(x, dx)
+    same_length("scale", scale.shape[0], x.shape[1])
+    same_length("shift", shift.shape[0], x.shape[1])
+    same_length("mean", mean.shape[0], x.shape[1])
+    a.x_shape, a.raw, a.dx, a.relu, a.parts, a.sums = shape_of(x, 16 * x.shape[0]), view(x), view(dx), relu, parts, &sums[0, 0, 0]
+    a.scale, a.shift, a.x_mean, a.add = &scale[0], &shift[0], &mean[0], maybe(add)
+    if add is not None:
+        same_shape(x, add)
+    for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
+        kernels.norm_gradient_sums(&a, i)
+    return np.asarray(sums).sum(0).T
 
 
 # ---- loss and optimisers

@@ -22,12 +22,14 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 #include "product.hh"
 #include "elementwise.hh"
 #include "norm.hh"
+#include "bands.hh"
 #include "pool.hh"
 #include "loss.hh"
 #include "optim.hh"
 
 template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_values = pack_values<T>,
+    .conv_band = conv_band<T>, .conv_band_backward = conv_band_backward<T>, .norm_gradient_sums = norm_gradient_sums<T>,
     .batch_norm = batch_norm<T>, .batch_norm_backward = batch_norm_backward<T>, .bias_grad = bias_grad<T>,
     .relu = relu<T>, .relu_backward = relu_backward<T>, .add = add<T>, .copy = copy<T>, .dropout = dropout<T>,
     .max_pool = max_pool<T>, .max_pool_backward = max_pool_backward<T>,

@@ -61,6 +61,36 @@ template <class T> struct BatchNorm {
     bool training, relu;
 };
 
+enum { MAX_PHASES = 16 };  // of the input gradient of a band: strides up to 4x4
+
+// A convolution whose input may be a batch norm's output that was never written, raw scale + shift (+ add, relu), and
+// whose output goes to a batch norm. It runs a band of `rows` output rows of one image block at a time.
+template <class T> struct Bands {
+    Shape x_shape, y_shape;
+    long rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
+    View<T> raw, add, keep, formed, y;     // null data: there is none. formed: x as it lies in memory; keep: to be written
+    const T *scale, *shift, *x_mean;
+    bool relu;
+    long x_channel, x_row, x_size;  // of the scratch that x is formed in
+    Product<T> forward;
+    int forward_axis;  // which axis of the tiles the pixel rows are
+    double *moments;   // or null: 3 a band and channel
+
+    // Backward: g is the gradient of the batch norm of y, zero where its ReLU is closed.
+    View<T> g, dx;
+    const T *y_scale, *y_mean, *mean_g, *slope;
+    long dy_halo[2], dy_channel, dy_row, dy_size;
+    Product<T> gradient, input[MAX_PHASES];
+    int gradient_axis, input_axis[MAX_PHASES], phases, phases_across;
+    long input_origin[MAX_PHASES];
+    double *sums;  // or null: 2 a part and channel of x, for the batch norm of x
+    long parts;
+
+    void add_phase(const Product<T> &p, int row_axis, long origin) {
+        input[phases] = p, input_axis[phases] = row_axis, input_origin[phases++] = origin;
+    }
+};
+
 // Windows of a pooling layer along one axis: output o covers the inputs [begin[o], end[o]).
 struct Windows {
     const int32_t *begin, *end, *divisor;
@@ -77,6 +107,13 @@ template <class T> struct Kernels {
     // values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows
     void (*pack_values)(long begin, long end, long entries, long rows, long n_rows, long row_step,
                         const int32_t *source, const T *weights, T *values);
+
+    // One task is one band; moments[task][channel]: a value, and the sums of deviations from it and of their squares
+    void (*conv_band)(const Bands<T> *, long task, T *scratch);
+    // One part is a run of bands: its dvalues, its rows of dx, sums[part][channel] of dx and dx (x - mean)
+    void (*conv_band_backward)(const Bands<T> *, long part, T *scratch);
+    // Masks dx and makes its sums as conv_band_backward does; one part is a run of image blocks
+    void (*norm_gradient_sums)(const Bands<T> *, long part);
 
     void (*batch_norm)(const BatchNorm<T> *, long begin, long end);
     void (*batch_norm_backward)(const BatchNorm<T> *, long begin, long end);

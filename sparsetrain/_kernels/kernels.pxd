@@ -22,6 +22,7 @@ cdef extern from "dispatch.hh" nogil:
     enum: FIRST
     enum: LAST
     enum: ROWS_AT_ONCE
+    enum: MAX_PHASES
     cppclass Product[T]:
         const T *x
         T *y
@@ -44,6 +45,31 @@ cdef extern from "dispatch.hh" nogil:
         T *dvalues
         const int32_t *first_value
         long n_values, parts
+    cppclass Bands[T]:
+        Shape x_shape, y_shape
+        long rows, stride, reach
+        long padding[2]
+        View[T] raw, add, keep, formed, y
+        const T *scale
+        const T *shift
+        const T *x_mean
+        bint relu
+        long x_channel, x_row, x_size
+        Product[T] forward
+        int forward_axis
+        double *moments
+        View[T] g, dx
+        const T *y_scale
+        const T *y_mean
+        const T *mean_g
+        const T *slope
+        long dy_halo[2]
+        long dy_channel, dy_row, dy_size
+        Product[T] gradient
+        int gradient_axis, phases, phases_across
+        double *sums
+        long parts
+        void add_phase(const Product[T] &, int, long)
     cppclass BatchNorm[T]:
         Shape shape
         View[T] x, y, add, dy, dx, dadd
@@ -64,6 +90,9 @@ cdef extern from "dispatch.hh" nogil:
     void sddmm[T](const Product[T] *, long)
     void add_parts[T](long, long, long, long, const T *, T *, bint)
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
+    void conv_band[T](const Bands[T] *, long, T *)
+    void conv_band_backward[T](const Bands[T] *, long, T *)
+    void norm_gradient_sums[T](const Bands[T] *, long)
     void batch_norm[T](const BatchNorm[T] *, long, long)
     void batch_norm_backward[T](const BatchNorm[T] *, long, long)
     void bias_grad[T](Shape, View[T], T *, bint, long, long)

@@ -239,26 +239,29 @@ template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
         Ahead<T>(*a, t.size, next, end - begin));
 }
 
+// Adds to dvalues what the tiles `number` to `stop` give for one chunk of rows.
+template <class T> void sddmm_tiles(const Product<T> &a, long chunk, long number, long stop, T *dvalues) {
+    const Segment *begin = a.segments + a.chunks[chunk], *end = a.segments + a.chunks[chunk + 1];
+    const bool next_to = a.x_step[2] == IMAGES;
+    for (; number < stop; number++) {
+        const bool more = number + 1 < stop;
+        const Tile t = cut(a, number), u = cut(a, number + more);
+        const T *x = a.x + distance(t, a.x_step), *next = more ? a.x + distance(u, a.x_step) : nullptr;
+        const T *dy = a.y + distance(t, a.y_step), *next_dy = more ? a.y + distance(u, a.y_step) : nullptr;
+        if (a.rows_at_once == 1)
+            tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][next_to](a, x, dy, dvalues, begin, end,
+                                                                    Ahead<T>(a, t.size, next, end - begin), next_dy);
+        else
+            (next_to ? dense_sddmm_tile<IMAGES, T> : dense_sddmm_tile<0, T>)(a, t.size, x, dy, dvalues, begin, end);
+    }
+}
+
 template <class T> void sddmm(const Product<T> *a, long task) {
     FlushToZero flush;
-    const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts, stop = n * (part + 1) / a->parts;
-    const Segment *begin = a->segments + a->chunks[chunk], *end = a->segments + a->chunks[chunk + 1];
-    const bool next_to = a->x_step[2] == IMAGES;
+    const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts;
     T *dvalues = a->dvalues + part * a->n_values;
     for (long i = a->first_value[chunk]; i < a->first_value[chunk + 1]; i++) dvalues[i] = 0;
-    for (long number = n * part / a->parts; number < stop; number++) {
-        const Tile t = cut(*a, number);
-        const T *x = a->x + distance(t, a->x_step), *dy = a->y + distance(t, a->y_step);
-        const bool more = number + 1 < stop;
-        const Tile u = cut(*a, number + more);
-        const T *next = more ? a->x + distance(u, a->x_step) : nullptr;
-        const T *next_dy = more ? a->y + distance(u, a->y_step) : nullptr;
-        if (a->rows_at_once == 1)
-            tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][next_to](*a, x, dy, dvalues, begin, end,
-                                                                     Ahead<T>(*a, t.size, next, end - begin), next_dy);
-        else
-            (next_to ? dense_sddmm_tile<IMAGES, T> : dense_sddmm_tile<0, T>)(*a, t.size, x, dy, dvalues, begin, end);
-    }
+    sddmm_tiles(*a, chunk, n * part / a->parts, n * (part + 1) / a->parts, dvalues);
 }
 
 template <class T>

@@ -1,5 +1,7 @@
 """Batch normalisation, and in the same pass a residual add and a ReLU after it."""
 
+import math
+
 import numpy as np
 
 from sparsetrain import checks
@@ -29,31 +31,42 @@ class BatchNorm2d(Module):
         self.running_var = np.ones(num_features, np.float32)
         self.num_batches_tracked = np.array(0)
 
-    def forward(self, x, halo, add=None, relu=False):
-        """relu: of the result. add: a Blocked that is added before; backward(dy, halo, add_halo) -> (dx, dadd) then."""
+    def check(self, x, add=None):
+        """ValueError or TypeError unless x, and `add` to it, can be normed."""
         check_input(
             x, self.weight, self._ndim, self.num_features, f"(N, {self.num_features}{', H, W' * (self._ndim == 4)})"
         )
-        values = x.n * x.array.shape[2] * x.array.shape[3]
-        training = self.training
-        if training and values == 1:
+        if self.training and math.prod(x.shape) == self.num_features:
             raise ValueError(f"x has shape {x.shape}: one value a channel has no variance to train with")
         if add is not None and add.shape != x.shape:
             raise ValueError(f"x has shape {x.shape}, what is added to it {add.shape}")
-        mean, var = (
-            (np.empty_like(self.running_mean) for _ in range(2)) if training else (self.running_mean, self.running_var)
-        )
+
+    def moments(self):
+        """Mean and biased variance to norm with: in training new arrays, to be written, else the running ones."""
+        if self.training:
+            return np.empty_like(self.running_mean), np.empty_like(self.running_var)
+        return self.running_mean, self.running_var
+
+    def track(self, mean, var, values):
+        """In training, move the running mean and variance towards those of a batch with so many values a channel."""
+        if not self.training:
+            return
+        momentum = mean.dtype.type(self.momentum)
+        self.running_mean += momentum * (mean - self.running_mean)
+        self.running_var += momentum * (var * mean.dtype.type(values / (values - 1)) - self.running_var)
+        self.num_batches_tracked += 1
+
+    def forward(self, x, halo, add=None, relu=False):
+        """relu: of the result. add: a Blocked that is added before; backward(dy, halo, add_halo) -> (dx, dadd) then."""
+        self.check(x, add)
+        training = self.training
+        mean, var = self.moments()
         y = x.like(halo)
         core.batch_norm(
             x.array, y.array, x.n, self.weight.data, self.bias.data, mean, var, self.eps, training, relu,
             None if add is None else add.array,
         )  # fmt: skip
-        if training:
-            self.running_mean += mean.dtype.type(self.momentum) * (mean - self.running_mean)
-            self.running_var += mean.dtype.type(self.momentum) * (
-                var * mean.dtype.type(values / (values - 1)) - self.running_var
-            )
-            self.num_batches_tracked += 1
+        self.track(mean, var, math.prod(x.shape) // self.num_features)
         fused_add = add is not None
         output = y if relu and fused_add else None
 

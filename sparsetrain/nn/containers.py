@@ -4,9 +4,28 @@ A container gives each layer's output the halo that the next layer reads, so not
 batch norm do a ReLU and a residual add in its own pass. The result is that of the layers one by one.
 """
 
+from contextlib import contextmanager
+
 from sparsetrain import ops
+from sparsetrain.nn.batchnorm import BatchNorm2d
+from sparsetrain.nn.conv import Conv2d
+from sparsetrain.nn.convnorm import ConvNorm
 from sparsetrain.nn.module import Module
 from sparsetrain.nn.relu import ReLU
+from sparsetrain.normed import Normed
+
+_fuses = True
+
+
+@contextmanager
+def unfused():
+    """Within it, every layer runs by itself: the reference that the fused passes are tested against."""
+    global _fuses
+    before, _fuses = _fuses, False
+    try:
+        yield
+    finally:
+        _fuses = before
 
 
 class Sequential(Module):
@@ -39,11 +58,14 @@ class Sequential(Module):
     fuses_add = property(lambda self: bool(self.layers) and self.layers[-1].fuses_add)
 
     def _steps(self):
-        """(layer, whether the ReLU after it runs with it)."""
+        """(layer or ConvNorm, whether the ReLU after it runs with it)."""
         steps = []
         for layer in self.layers:
-            if type(layer) is ReLU and steps and steps[-1][0].fuses_relu and not steps[-1][1]:
-                steps[-1] = steps[-1][0], True
+            before, relu = steps[-1] if steps else (None, False)
+            if _fuses and type(layer) is ReLU and before and before.fuses_relu and not relu:
+                steps[-1] = before, True
+            elif _fuses and type(layer) is BatchNorm2d and type(before) is Conv2d and before.bias is None:
+                steps[-1] = ConvNorm(before, layer), False
             else:
                 steps.append((layer, False))
         return steps
@@ -112,19 +134,21 @@ class Residual(Module):
 
     @property
     def grad_halo(self):
-        if self.body.fuses_add:
+        if _fuses and self.body.fuses_add:
             return self.body.grad_halo
         other = self.shortcut.grad_halo if self.shortcut else (0, 0)
         return tuple(max(pair) for pair in zip(self.body.grad_halo, other, strict=True))
 
     @property
     def fuses_relu(self):
-        return self.body.fuses_add
+        return _fuses and self.body.fuses_add
 
     def forward(self, x, halo, relu=False):
-        fused = self.body.fuses_add
+        fused = _fuses and self.body.fuses_add
         body = self.body if isinstance(self.body, Sequential) else Sequential(self.body)
-        around, around_backward = self.shortcut.run(x, (0, 0)) if self.shortcut else (x, None)
+        if isinstance(x, Normed):
+            x.keep = self.halo
+        around, around_backward = self.shortcut.run(x.with_halo(self.halo), (0, 0)) if self.shortcut else (x, None)
         if fused:
             y, body_backward = body.run(x, halo, add=around, relu=relu)
         else:

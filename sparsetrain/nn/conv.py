@@ -32,13 +32,17 @@ class Conv2d(Module):
         self.weight = uniform(shape, fan_in)
         self.bias = uniform((out_channels,), fan_in) if bias else None
 
-    def forward(self, x, halo):
+    def check(self, x):
+        """ValueError or TypeError unless x can be convolved."""
         check_input(x, self.weight, 4, self.in_channels, f"(N, {self.in_channels}, H, W)")
         if min(self.geometry.output(self.kernel_size, *x.shape[2:])) < 1:
             raise ValueError(
                 f"x has shape {x.shape}: with padding {self.padding} it is smaller than the kernel "
                 f"{self.kernel_size} with dilation {self.dilation}"
             )
+
+    def forward(self, x, halo):
+        self.check(x)
         y = ops.conv2d(x, self.weight, self.bias, self.geometry, halo)
 
         def backward(dy, halo, into=None):

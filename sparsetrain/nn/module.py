@@ -63,6 +63,28 @@ def observe(model, callback):
         _observer = before
 
 
+def keeps():
+    """Whether forward keeps what backward needs."""
+    return _keep
+
+
+def report(layer, phase, start, y):
+    """Tell who observes that `layer` has finished a phase that began at `start`."""
+    if _observer is not None:
+        _observer(layer, phase, time.perf_counter() - start, y)
+
+
+@contextmanager
+def blamed(layer):
+    """Within it, an error is said to be the layer's."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not hasattr(error, "layer"):
+            error.layer = layer
+        raise
+
+
 class Module:
     """A layer or a container of layers.
 
@@ -116,15 +138,11 @@ class Module:
 
     def run(self, x, halo, **fused):
         """forward(), timed and reported if somebody observes. Containers run their layers with it."""
-        try:
+        with blamed(self):
             if _observer is None or self._is_container():
                 y, backward = self.forward(x, halo, **fused)
             else:
                 y, backward = self._observed(x, halo, fused)
-        except (TypeError, ValueError) as error:
-            if not hasattr(error, "layer"):
-                error.layer = self
-            raise
         return y, backward if _keep else None
 
     def _observed(self, x, halo, fused):
@@ -257,7 +275,7 @@ class Module:
 
 def check_input(x, weight, ndim, channels, wanted):
     """ValueError or TypeError unless the Blocked x has this ndim, these channels and the dtype of the Parameter."""
-    if x.ndim != ndim or x.array.shape[1] != channels:
+    if x.ndim != ndim or x.shape[1] != channels:
         raise ValueError(f"x has shape {x.shape}, must be {wanted}")
     if x.dtype != weight.data.dtype:
         raise TypeError(f"x has dtype {x.dtype}, the parameters have {weight.data.dtype}")

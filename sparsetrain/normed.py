@@ -1,0 +1,76 @@
+"""A batch norm's output that is not written: what reads it forms it, and the gradient that goes back to it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsetrain import arrays
+from sparsetrain._kernels import core
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The numbers of a batch norm: y = (x - mean) / sqrt(var + eps) * gamma + beta, each (channels,)."""
+
+    gamma: np.ndarray
+    beta: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    eps: float
+    training: bool  # mean and var are those of x
+
+    def __post_init__(self):
+        dtype = self.gamma.dtype
+        inverse = 1 / np.sqrt(self.var.astype(np.float64) + self.eps)
+        scale = (self.gamma * inverse).astype(dtype)
+        object.__setattr__(self, "inverse", inverse)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "shift", self.beta - self.mean * scale)
+
+
+class Normed:
+    """relu(norm(x) + add), add and relu optional, in the place of a Blocked.
+
+    Who can form it on the way reads `x`; for everybody else it is a Blocked, written when `array` or with_halo() is first
+    asked for. `keep`: the halo with which who forms it first also writes it, or None.
+    """
+
+    def __init__(self, x, norm, add=None, relu=False):
+        self.x, self.norm, self.add, self.relu = x, norm, add, relu
+        self.keep = self.formed = None
+
+    n = property(lambda self: self.x.n)
+    ndim = property(lambda self: self.x.ndim)
+    dtype = property(lambda self: self.x.dtype)
+    shape = property(lambda self: self.x.shape)
+    array = property(lambda self: self.with_halo((0, 0)).array)
+    halo = property(lambda self: self.with_halo((0, 0)).halo)
+
+    def like(self, halo=(0, 0)):
+        """A new array of this geometry, its values not set."""
+        return self.x.like(halo)
+
+    def has_halo(self, halo):
+        """Whether it is written with a halo of at least `halo`."""
+        return self.formed is not None and self.formed.has_halo(halo)
+
+    def with_halo(self, halo):
+        """It as a Blocked whose halo is at least `halo`."""
+        if self.formed is None:
+            self.formed = self.like(halo if self.keep is None else tuple(map(max, halo, self.keep)))
+            norm, add = self.norm, None if self.add is None else self.add.array
+            core.batch_norm(
+                self.x.array, self.formed.array, self.n, norm.gamma, norm.beta, norm.mean, norm.var, norm.eps, False,
+                self.relu, add,
+            )  # fmt: skip
+        return self.formed.with_halo(halo)
+
+
+class NormedGradient(arrays.Blocked):
+    """The gradient of a Normed: zero where its ReLU is closed, with its sums, and those times x - mean (2, channels)."""
+
+    __slots__ = ("sums",)
+
+    def __init__(self, gradient, sums):
+        super().__init__(gradient.array, gradient.n, gradient.halo, gradient.ndim)
+        self.sums = sums
