@@ -11,7 +11,7 @@ INLINE void fill_lines(T *out, long row, long lines, long line_step, long side, 
     const long width = s.width * IMAGES;
     for (long l = 0; l < lines; l++, row++, out += line_step) {
         if (row < 0 || row >= s.height) {
-            for (long i = 0; i < width + 2 * side; i += Vec<T>::lanes) store(out + i, V<T>{});
+            for_row<T>(width + 2 * side, EACH { store(out + i, V<T>{}); });
             continue;
         }
         for (long i = 0; i < side; i += Vec<T>::lanes) store(out + i, V<T>{}), store(out + side + width + i, V<T>{});
@@ -33,13 +33,13 @@ template <class T> void form_x(const Bands<T> &a, long block, long first, long l
         fill_lines(scratch + c * a.x_channel, row, lines, a.x_row, a.padding[1] * IMAGES, a.x_shape, [&](T *out, long h) {
             const T *x = pixel_row(a.raw, block, c, h), *other = a.add.data ? pixel_row(a.add, block, c, h) : nullptr;
             T *keep = a.keep.data && h >= own && h < end ? pixel_row(a.keep, block, c, h) : nullptr;
-            for (long i = 0; i < width; i += Vec<T>::lanes) {
+            for_row<T>(width, EACH {
                 V<T> v = load(x + i) * scale + shift;
                 if (other) v += load(other + i);
                 if (a.relu) v = v < 0 ? V<T>{} : v;
                 store(out + i, v);
                 if (keep) store(keep + i, v);
-            }
+            });
         });
     }
 }
@@ -47,35 +47,36 @@ template <class T> void form_x(const Bands<T> &a, long block, long first, long l
 // The gradient of the convolution's output from that of its batch norm, as in batch_norm_backward().
 template <class T> void form_dy(const Bands<T> &a, long block, long first, long last, const Lanes<T> &lanes, T *scratch) {
     const long width = a.y_shape.width * IMAGES;
-    const T *in = lanes[block];
+    const InLanes<T> in(lanes[block]);
     for (long c = 0; c < a.y_shape.channels; c++) {
         const T scale = a.y_scale[c], mean = a.y_mean[c], mean_g = a.mean_g[c], slope = a.slope[c];
         fill_lines(scratch + c * a.dy_channel, first - a.dy_halo[0], last - first + 2 * a.dy_halo[0], a.dy_row,
                    a.dy_halo[1] * IMAGES, a.y_shape, [&](T *out, long h) {
             const T *g = pixel_row(a.g, block, c, h), *y = pixel_row(a.y, block, c, h);
-            for (long i = 0; i < width; i += Vec<T>::lanes)
-                store(out + i, scale * (load(g + i) - mean_g - (load(y + i) - mean) * slope) * load(in + i % IMAGES));
+            for_row<T>(width, EACH {
+                store(out + i, scale * (load(g + i) - mean_g - (load(y + i) - mean) * slope) * in[k]);
+            });
         });
     }
 }
 
 // Of the band's outputs: a value near them, and the sums of their deviations from it and of the squares.
 template <class T> void add_moments(const Bands<T> &a, long block, long first, long last, const Lanes<T> &lanes, double *moments) {
-    constexpr int L = Vec<T>::lanes;
-    const T *in = lanes[block];
+    const T *present = lanes[block];
+    const InLanes<T> in(present);
     double images = 0;
-    for (long i = 0; i < IMAGES; i++) images += in[i];
+    for (long i = 0; i < IMAGES; i++) images += present[i];
     for (long c = 0; c < a.y_shape.channels; c++, moments += 3) {
         const T *origin = pixel_row(a.y, block, c, first);
         T near = 0;
-        for (long i = 0; i < IMAGES; i++) near += origin[i] * in[i] / T(images);
+        for (long i = 0; i < IMAGES; i++) near += origin[i] * present[i] / T(images);
         Sum<T> d1, d2;
         for_channel<T>({1, 1, last - first, a.y_shape.width, 0}, [&](long, long h) {
             const T *y = origin + h * a.y.row;
-            for (long i = 0; i < a.y_shape.width * IMAGES; i += L) {
-                const V<T> d = (load(y + i) - near) * load(in + i % IMAGES);
-                d1.v[i / L % 2] += d, d2.v[i / L % 2] += d * d;
-            }
+            for_row<T>(a.y_shape.width * IMAGES, EACH {
+                const V<T> d = (load(y + i) - near) * in[k];
+                d1.v[k] += d, d2.v[k] += d * d;
+            });
         }, [&] { d1.flush(), d2.flush(); });
         moments[0] = near, moments[1] = d1.total, moments[2] = d2.total;
     }
@@ -83,7 +84,6 @@ template <class T> void add_moments(const Bands<T> &a, long block, long first, l
 
 // dx becomes zero where ReLU did not let pass, and its sums, alone and with x - mean, are what the batch norm of x needs.
 template <class T> void mask_and_sum(const Bands<T> &a, long block, long first, long last, double *sums) {
-    constexpr int L = Vec<T>::lanes;
     const Shape &s = a.x_shape;
     for (long c = 0; c < s.channels; c++, sums += 2) {
         const T scale = a.scale[c], shift = a.shift[c], mean = a.x_mean[c];
@@ -92,7 +92,7 @@ template <class T> void mask_and_sum(const Bands<T> &a, long block, long first, 
             const T *x = pixel_row(a.raw, block, c, first + h);
             const T *other = a.add.data ? pixel_row(a.add, block, c, first + h) : nullptr;
             T *g = pixel_row(a.dx, block, c, first + h);
-            for (long i = 0; i < s.width * IMAGES; i += L) {
+            for_row<T>(s.width * IMAGES, EACH {
                 const V<T> v = load(x + i);
                 V<T> d = load(g + i);
                 if (a.relu) {
@@ -101,8 +101,8 @@ template <class T> void mask_and_sum(const Bands<T> &a, long block, long first, 
                     d = out <= 0 ? V<T>{} : d;
                     store(g + i, d);
                 }
-                sg.v[i / L % 2] += d, sgx.v[i / L % 2] += d * (v - mean);
-            }
+                sg.v[k] += d, sgx.v[k] += d * (v - mean);
+            });
         }, [&] { sg.flush(), sgx.flush(); });
         sums[0] += sg.total, sums[1] += sgx.total;
     }

@@ -13,17 +13,38 @@ template <class T> struct Lanes {
     const T *operator[](long block) const { return block == blocks - 1 ? last : all; }
 };
 
-// A sum in registers that is moved to double every 64 additions, so that its error does not grow with the image.
-template <class T> struct Sum {
-    V<T> v[2] = {};  // for the even and the odd registers
-    double total = 0;
-    void flush() { total += sum<T>(v[0] + v[1]), v[0] = v[1] = V<T>{}; }
+// Calls f(offset, k) for each register of a row of `width` elements, UNROLLED at a time; k, its place among these, is known
+// when compiling, and so are the sum that it goes to (a sum in memory would cost its latency) and its first lane.
+template <class T> constexpr int UNROLLED = 4 * Vec<T>::lanes < IMAGES ? IMAGES / Vec<T>::lanes : 4;
+template <class T, class F> INLINE void for_row(long width, F f) {
+    constexpr int L = Vec<T>::lanes, U = UNROLLED<T>;
+    long i = 0;
+    for (; i + U * L <= width; i += U * L) UNROLL for (int k = 0; k < U; k++) f(i + k * L, k);
+    UNROLL for (int k = 0; k < U; k++) if (i + k * L < width) f(i + k * L, k);
+}
+#define EACH [&](long i, int k) __attribute__((always_inline))
+
+// The factors 1 and 0 of the lanes of a block, in registers.
+template <class T> struct InLanes {
+    V<T> v[IMAGES / Vec<T>::lanes];
+    InLanes(const T *lanes) { UNROLL for (int i = 0; i < IMAGES / Vec<T>::lanes; i++) v[i] = load(lanes + i * Vec<T>::lanes); }
+    INLINE_MEMBER V<T> operator[](int k) const { return v[k % (IMAGES / Vec<T>::lanes)]; }
 };
 
-// Calls f(offset in the row, lane, parity) for each register of each row of one channel, and flush() now and then.
+// A sum in registers that is moved to double every 64 additions, so that its error does not grow with the image.
+template <class T> struct Sum {
+    V<T> v[UNROLLED<T>] = {};
+    double total = 0;
+    INLINE_MEMBER void flush() {
+        UNROLL for (int k = 1; k < UNROLLED<T>; k++) v[0] += v[k], v[k] = V<T>{};
+        total += sum<T>(v[0]), v[0] = V<T>{};
+    }
+};
+
+// Calls f(block, row) for each row of one channel, and flush() now and then.
 template <class T, class F, class G> INLINE void for_channel(const Shape &s, F f, G flush) {
-    constexpr int L = Vec<T>::lanes;
-    const long every = s.width * IMAGES / L >= 64 ? 1 : 64 / (s.width * IMAGES / L);
+    const long registers = s.width * IMAGES / Vec<T>::lanes;
+    const long every = registers >= 64 * UNROLLED<T> ? 1 : 64 * UNROLLED<T> / registers;
     long since = 0;
     for (long b = 0; b < s.blocks; b++)
         for (long h = 0; h < s.height; h++) {
@@ -35,7 +56,6 @@ template <class T, class F, class G> INLINE void for_channel(const Shape &s, F f
 
 template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) {
     FlushToZero flush_to_zero;
-    constexpr int L = Vec<T>::lanes;
     const Shape &s = a->shape;
     const Lanes<T> lanes(s);
     const long width = s.width * IMAGES, n = s.images * s.height * s.width;
@@ -47,12 +67,12 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
             for (long i = 0; i < first; i++) near += pixel_row(a->x, 0, c, 0)[i] / T(first);
             Sum<T> d1, d2;
             for_channel<T>(s, [&](long b, long h) {
-                const T *x = pixel_row(a->x, b, c, h), *in = lanes[b];
-                for (long i = 0; i < width; i += L) {
-                    const V<T> d = (load(x + i) - near) * load(in + i % IMAGES);
-                    const int odd = i / L % 2;
-                    d1.v[odd] += d, d2.v[odd] += d * d;
-                }
+                const T *x = pixel_row(a->x, b, c, h);
+                const InLanes<T> in(lanes[b]);
+                for_row<T>(width, EACH {
+                    const V<T> d = (load(x + i) - near) * in[k];
+                    d1.v[k] += d, d2.v[k] += d * d;
+                });
             }, [&] { d1.flush(), d2.flush(); });
             const double mean = d1.total / n, var = d2.total / n - mean * mean;
             a->mean[c] = T(near + mean), a->var[c] = T(var > 0 || var != var ? var : 0);
@@ -63,11 +83,11 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
             for (long h = 0; h < s.height; h++) {
                 const T *x = pixel_row(a->x, b, c, h), *other = a->add.data ? pixel_row(a->add, b, c, h) : nullptr;
                 T *y = pixel_row(a->y, b, c, h);
-                for (long i = 0; i < width; i += L) {
+                for_row<T>(width, EACH {
                     V<T> v = load(x + i) * scale + shift;
                     if (other) v += load(other + i);
                     store(y + i, a->relu ? (v < 0 ? V<T>{} : v) : v);
-                }
+                });
             }
     }
 }
@@ -75,7 +95,6 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
 // g = dy where relu let pass. dadd = g; dx = scale (g - mean(g) - xhat mean(g xhat)), scale g if not training.
 template <class T> void batch_norm_backward(const BatchNorm<T> *a, long begin, long end) {
     FlushToZero flush_to_zero;
-    constexpr int L = Vec<T>::lanes;
     const Shape &s = a->shape;
     const Lanes<T> lanes(s);
     const long width = s.width * IMAGES, n = s.images * s.height * s.width;
@@ -89,31 +108,31 @@ template <class T> void batch_norm_backward(const BatchNorm<T> *a, long begin, l
         for_channel<T>(s, [&](long b, long h) {
             const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h);
             const T *y = from_y ? pixel_row(a->y, b, c, h) : nullptr;
-            for (long i = 0; i < width; i += L) {
+            for_row<T>(width, EACH {
                 const V<T> v = load(x + i);
                 V<T> g = load(dy + i);
                 if (from_y) g = load(y + i) <= 0 ? V<T>{} : g;
                 if (from_x) g = v * scale + shift <= 0 ? V<T>{} : g;
-                const int odd = i / L % 2;
-                sg.v[odd] += g, sgx.v[odd] += g * (v - mean);
-            }
+                sg.v[k] += g, sgx.v[k] += g * (v - mean);
+            });
         }, [&] { sg.flush(), sgx.flush(); });
         a->dbeta[c] += T(sg.total), a->dgamma[c] += T(sgx.total * inverse);
         const T mean_g = a->training ? T(sg.total / n) : T(0);
         const T slope = a->training ? T(sgx.total / n * inverse * inverse) : T(0);
         for (long b = 0; b < s.blocks; b++)
             for (long h = 0; h < s.height; h++) {
-                const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h), *in = lanes[b];
+                const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h);
+                const InLanes<T> in(lanes[b]);
                 const T *y = from_y ? pixel_row(a->y, b, c, h) : nullptr;
                 T *dx = pixel_row(a->dx, b, c, h), *dadd = a->dadd.data ? pixel_row(a->dadd, b, c, h) : nullptr;
-                for (long i = 0; i < width; i += L) {
+                for_row<T>(width, EACH {
                     const V<T> v = load(x + i);
                     V<T> g = load(dy + i);
                     if (from_y) g = load(y + i) <= 0 ? V<T>{} : g;
                     if (from_x) g = v * scale + shift <= 0 ? V<T>{} : g;
                     if (dadd) store(dadd + i, g);
-                    store(dx + i, scale * (g - mean_g - (v - mean) * slope) * load(in + i % IMAGES));
-                }
+                    store(dx + i, scale * (g - mean_g - (v - mean) * slope) * in[k]);
+                });
             }
     }
 }
@@ -124,8 +143,7 @@ template <class T> void bias_grad(Shape s, View<T> dy, T *db, bool accumulate, l
         Sum<T> total;
         for_channel<T>(s, [&](long b, long h) {
             const T *g = pixel_row(dy, b, c, h);
-            for (long i = 0; i < s.width * IMAGES; i += Vec<T>::lanes)
-                total.v[i / Vec<T>::lanes % 2] += load(g + i);
+            for_row<T>(s.width * IMAGES, EACH { total.v[k] += load(g + i); });
         }, [&] { total.flush(); });
         db[c] = (accumulate ? db[c] : T(0)) + T(total.total);
     }

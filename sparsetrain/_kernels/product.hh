@@ -25,7 +25,7 @@ template <class T> struct Ahead {
         channel = next + a.origin, x_channel = a.x_channel, step[0] = a.pixel[1], step[1] = a.pixel[2];
         lines = count[1], width = count[2], left = lines * a.channels, share = 256 * left / segments + 1;
     }
-    __attribute__((always_inline)) void fetch() {
+    INLINE_MEMBER void fetch() {
         for (credit += share; credit >= 256 && left > 0; credit -= 256, left--) {
             const T *p = channel + line * step[0];
             for (long i = 0; i < width; i++) __builtin_prefetch(p + i * step[1], 0, 2);

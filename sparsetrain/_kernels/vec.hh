@@ -1,6 +1,7 @@
 // The vector vocabulary: one register of VEC_BYTES and plain operators on it.
 // a * b + c becomes one FMA where the instruction set has it (-ffp-contract=fast).
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
 // Hides from the compiler how a pointer came about. gcc 12 otherwise forms the address of every row of a tile anew for
 // each weight, and saves and restores ten registers around each segment for it.
