@@ -37,7 +37,7 @@ OPTIONS = {
     "threads": (None, None, {"type": int}, "threads (default: as many as this process may use)"),
     "isa": (None, None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
     "repeats": (7, 3, {"type": int}, "repetitions of each case"),
-    "budget": (90.0, 6.0, {"type": float, "metavar": "SECONDS"}, "stop repeating after so long; all runs once"),
+    "budget": (90.0, 10.0, {"type": float, "metavar": "SECONDS"}, "stop repeating after so long; all runs once"),
     "out": (None, None, {"metavar": "FOLDER"}, "new folder for bench.json and figures (default: runs/bench-TIME)"),
     "quick": (False, True, {"action": "store_true"}, "little of everything in 15 seconds (default: no)"),
     "compare": (
@@ -110,7 +110,7 @@ def _options(given):
         try:
             layers = shapes.chosen(layers, o.layers)
         except ValueError as error:
-            raise ValueError(f"--layers has {error}") from None
+            raise ValueError(f"--layers: {error}") from None
     elif o.layers == ["none"] and o.shapes:
         raise ValueError("--shapes cannot be given with --layers none")
     elif o.quick and len(layers) > 2:
@@ -126,13 +126,15 @@ def _options(given):
     checks.integer("--repeats", o.repeats, low=1)
     if not (math.isfinite(o.budget) and o.budget > 0):
         raise ValueError(f"--budget is {o.budget:g}, must be more than 0 seconds")
+    if o.isa is not None:
+        checks.one_of("--isa", o.isa, st.available_isas())
     folder = Path(o.out or f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out is {folder}, which is there already, must be a new folder")
+    if o.threads is not None:
+        st.set_num_threads(checks.integer("--threads", o.threads, low=1))
     if o.isa is not None:
         st.set_isa(o.isa)
-    if o.threads is not None:
-        st.set_num_threads(o.threads)
     return o, layers, folder
 
 

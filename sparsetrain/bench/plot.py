@@ -7,6 +7,7 @@ from sparsetrain.bench import results
 from sparsetrain.train.files import replacing
 
 # Okabe and Ito's colours, which people who see few colours can tell apart; markers help where they repeat.
+GREY = "0.45"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = "osD^vPX*"
 PARTS = {
@@ -14,7 +15,6 @@ PARTS = {
     "backward": {"color": COLOURS[1], "marker": "s"},
     "step": {"color": COLOURS[2], "marker": "D"},
 }
-GREY = "0.45"
 
 
 def draw(report, folder):
@@ -83,7 +83,7 @@ def roofline(report):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(left, right)
-        axes.set_ylim(min(y for _, y in points) / 2, peak * 2)
+        axes.set_ylim(min(y for _, y in points) / 2, peak * 4)  # room for the names of the roofs
         _roofs(axes, text.bandwidths(report), peak, left, right)
         for i, name in enumerate(names):
             found = [case["passes"][part] for case in layers[name, part]]
@@ -93,6 +93,8 @@ def roofline(report):
         axes.set_title(part, fontsize=10)
         axes.set_xlabel("operations a byte of x, y, weights and gradients, each moved once")
         axes.grid(alpha=0.3)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
     both[0].set_ylabel("GFLOP/s on stored weights")
     lowest, highest = (f(c["sparsity"] for c in next(iter(layers.values()))) for f in (min, max))
     if lowest < highest:
@@ -116,14 +118,11 @@ def _roofs(axes, bandwidths, peak, left, right):
         axes.plot([left, ridge], [left * speed, peak], color=GREY, linewidth=1.2, linestyle="--")
         axes.annotate(
             f"{name} {speed:.0f} GB/s",
-            (ridge, peak),
-            xytext=(-4, -4),
-            textcoords="offset points",
+            (ridge, peak * 1.08),
             rotation=90,
-            ha="right",
-            va="top",
+            ha="center",
+            va="bottom",
             fontsize=8,
-            color="0.25",
         )
 
 
@@ -142,22 +141,41 @@ def sparsity(report):
         axes.plot(x, y, label=label, linewidth=1.2, markersize=4, **style)
         dense = next((t for case, t in zip(cases, y, strict=True) if case["sparsity"] == 0), None)
         if dense is not None:
-            axes.axhline(dense, color=style["color"], linewidth=0.9, linestyle=":", label="its time when dense")
+            axes.axhline(dense, color=GREY, linewidth=0.9, linestyle=":", label="the same, dense")
         point = points.get((name, part))
         if isinstance(point, float):
-            ring = {"marker": "o", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
+            ring = {"marker": "o", "markersize": 10, "fillstyle": "none", "linestyle": "none"}
             axes.plot([_place(point)], [dense], color="black", label="break-even", **ring)
-            above = {"xytext": (4, 5), "textcoords": "offset points"}
-            axes.annotate(f"{point:.2f}", (_place(point), dense), fontsize=8, **above)
     shown = sorted({case["sparsity"] for cases in found.values() for case in cases})
     ticks = [s for s in shown if s in (0, 0.5, 0.8, 0.9, 0.95, 0.99)] or shown
-    for axes in panels.values():
-        axes.set_yscale("log")
+    for name, axes in panels.items():
+        _log_ms(axes)
         axes.set_xticks([_place(s) for s in ticks], [f"{s:g}" for s in ticks])
         axes.set_xlabel("sparsity (1 - sparsity on a log scale)", fontsize=8)
-        axes.set_ylabel("ms", fontsize=8)
+        found_here = [(part, text.share(points[name, part])) for part in PARTS if points.get((name, part)) is not None]
+        _note(axes, "break-even", found_here, "lower left")
     _legend(figure, panels.values())
     return figure
+
+
+def _log_ms(axes):
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("ms", fontsize=8)
+
+
+def _note(axes, what, values, corner):
+    """`what` and a line for each (pass, text) in a corner of the axes that the curves leave free."""
+    from matplotlib.offsetbox import AnchoredText
+
+    if values:
+        lines = [what, *(f"{part}: {value}" for part, value in values)]
+        box = AnchoredText("\n".join(lines), loc=corner, prop={"fontsize": 7.5}, frameon=False, pad=0.2)
+        axes.add_artist(box)
 
 
 def _place(sparsity):
@@ -180,10 +198,12 @@ def weights(report):
         y = [1e3 * results.median(case, key[1]) for case in cases]
         label = f"{key[1]}, measured" if key[1] != "step" else "training step, measured"
         axes.plot(x, y, linestyle="none", markersize=4.5, label=label, **style)
-        _line(axes, line, max(x), 1e3, style)
-    for axes in panels.values():
+        _line(axes, line, max(x), 1e3, style, "straight line")
+    for name, axes in panels.items():
         axes.set_xlabel("stored weights, thousands", fontsize=8)
         _from_zero(axes)
+        off = [(part, f"{lines[name, part]['worst']:.0%}") for part in PARTS if (name, part) in lines]
+        _note(axes, "farthest from the line", off, "upper left")
     _legend(figure, panels.values())
     return figure
 
@@ -210,13 +230,16 @@ def scaling(report):
 def _threads(axes, found):
     counts = [case["threads"] for case in next(iter(found.values()))]
     axes.plot(counts, counts, color=GREY, linestyle="--", linewidth=1, label="as many times as threads")
-    for (name, part), cases in found.items():
+    for size, ((name, part), cases) in zip((11, 8, 5), found.items(), strict=False):
         times = [results.median(case, part) for case in cases]
         label = f"{name} at {cases[0]['sparsity']:g}, {part}"
-        axes.plot(counts, [times[0] / t for t in times], label=label, **PARTS[part])
-    axes.set_xticks(counts)
-    axes.set_xlim(0, None)
-    axes.set_ylim(0, max(counts) * 1.35)  # room for the legend
+        # The first is the largest, so that points on top of each other are all seen.
+        axes.plot(counts, [times[0] / t for t in times], label=label, markersize=size, **PARTS[part])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_ylim(0.8, max(counts) * 1.9)  # room for the legend
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("threads")
     axes.set_ylabel("times as fast as one thread")
 
@@ -229,17 +252,16 @@ def _batches(axes, found, lines):
         label = f"{line['name']} at {cases[0]['sparsity']:g}, {line['part']}"
         times = [1e3 * results.median(case, line["part"]) for case in cases]
         axes.plot(batches, times, linestyle="none", label=label, **style)
-        _line(axes, line, max(batches), 1, style)
+        _line(axes, line, max(batches), 1, style, f"straight line, at most {line['worst']:.0%} off")
     axes.set_xticks(batches)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("batch, images")
     _from_zero(axes)
 
 
-def _line(axes, line, end, unit, style):
+def _line(axes, line, end, unit, style, label):
     """The fitted line from 0 to `end` units of x, in ms."""
     y = [1e3 * (line["start"] + line["slope"] * x * unit) for x in (0, end)]
-    label = f"line, at most {line['worst']:.0%} off"
     axes.plot([0, end], y, color=style["color"], linewidth=1, label=label)
 
 

@@ -34,23 +34,16 @@ def notes(report):
     counts, ran = report["repetitions"], report["ran_with"]
     lines = []
     if counts["most"]:
-        done = f"medians of {counts['least']}"
-        if counts["least"] < counts["most"]:
-            done += f" to {counts['most']}"
-        if counts["least"] < ran["repeats"]:
-            done += f" repetitions of {ran['repeats']}: the budget of {ran['budget']:g} s was used up"
-        else:
-            done += " repetitions"
-        lines.append(f"{done}; {report['seconds']:.0f} s in all")
+        done = f"{counts['least']}" + f" to {counts['most']}" * (counts["least"] < counts["most"])
+        why = f", as the budget of {ran['budget']:g} s was used up" * (counts["least"] < ran["repeats"])
+        lines.append(f"repetitions: {done} of {ran['repeats']}{why}; medians; {report['seconds']:.0f} s in all")
+    busy = {when: too_busy(taken) for when, taken in report["load"].items()}
+    warnings = [f"WARNING, not to be trusted: {when} the run {line}" for when, line in busy.items() if line]
     if report["load"]["before"] is None:
         lines.append("load of the machine: unknown, this system does not tell")
-    for when, what in (("before", "before the run"), ("during", "during the run")):
-        busy = too_busy(report["load"][when])
-        if busy:
-            lines.append(f"WARNING, not to be trusted: {what} {busy}")
-    if len(lines) == 1 and report["load"]["before"] is not None:
-        lines.append(f"load of the machine: others took less than {MAX_OTHERS:.0%} of a core")
-    return lines
+    elif not warnings:
+        lines.append(f"load of the machine: others took at most {MAX_OTHERS:.0%} of a core")
+    return lines + warnings
 
 
 def ms(seconds):
@@ -106,9 +99,9 @@ def _against_dense(report):
         point, line = points.get(key), lines.get(key)
         fit = ("-", "-", "-")
         if line:
-            fit = ms(line["start"]), f"{1e12 * line['slope']:.1f}", f"{line['worst']:.0%}"
+            fit = ms(line["start"]), f"{1e9 * line['slope']:.2f}", f"{line['worst']:.0%}"
         rows.append((*key, share(point), *fit))
-    return ("", "pass", "break-even sparsity", "ms without weights", "ns a 1000 weights", "worst deviation"), rows
+    return ("", "pass", "break-even sparsity", "ms without weights", "ns a weight", "worst deviation"), rows
 
 
 def share(point):

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 from sparsetrain.bench import analysis, shapes
 from sparsetrain.train.files import replacing
@@ -84,10 +85,8 @@ def write(path, report):
 
 def read(path):
     """The report in a file; ValueError says why it cannot be one, OSError where there is none."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
     try:
-        report = json.loads(text)
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from None
     if not isinstance(report, dict) or report.get("format") != FORMAT:

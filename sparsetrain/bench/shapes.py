@@ -20,7 +20,7 @@ def read(path):
     a layer with an empty output or one that is there twice.
     """
     cases = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         words = line.split("#")[0].split()
         if words:
             try:
