@@ -37,7 +37,7 @@ OPTIONS = {
     "threads": (None, None, {"type": int}, "threads (default: as many as this process may use)"),
     "isa": (None, None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
     "repeats": (7, 3, {"type": int}, "repetitions of each case"),
-    "budget": (90.0, 10.0, {"type": float, "metavar": "SECONDS"}, "stop repeating after so long; all runs once"),
+    "budget": (90.0, 12.0, {"type": float, "metavar": "SECONDS"}, "stop repeating after so long; all runs once"),
     "out": (None, None, {"metavar": "FOLDER"}, "new folder for bench.json and figures (default: runs/bench-TIME)"),
     "quick": (False, True, {"action": "store_true"}, "little of everything in 15 seconds (default: no)"),
     "compare": (
