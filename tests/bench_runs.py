@@ -30,4 +30,4 @@ def report(*cases, **changes):
     machine = {"cpu": "one", "cpus": 1, "caches": {"L1d": 32768}}
     ran_with = {"threads": 1, "isa": "base", "repeats": 3, "budget": 1.0}
     whole = {"sparsetrain": "0.1.0", "machine": machine, "ran_with": ran_with, "limits": [LIMITS], "cases": cases}
-    return {**whole, "date": "2026-01-01", **changes}
+    return {**whole, "load": {"before": None, "during": None}, "date": "2026-01-01", **changes}

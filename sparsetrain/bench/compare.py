@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparsetrain.bench import report as text
 from sparsetrain.bench import results
+from sparsetrain.bench.load import too_busy
 from sparsetrain.nn.summary import table
 
 ENOUGH = 3  # repetitions on both sides to tell a difference from noise
@@ -25,9 +26,9 @@ def compare(path_a, path_b):
     else:
         blocks.append("no case is in both")
     for name, mine, others in (("A", cases_a, cases_b), ("B", cases_b, cases_a)):
-        only = [" ".join(key) for key in mine if key not in others]
+        only = _grouped(label for label, part in mine if (label, part) not in others)
         if only:
-            blocks.append(f"only in {name}: {', '.join(only)}")
+            blocks.append("\n".join([f"only in {name}:", *only]))
     return "\n\n".join(blocks)
 
 
@@ -45,11 +46,20 @@ def _by_key(report):
     for case in report["cases"]:
         # Of nets the name has no batch.
         batch = "" if "kind" in case else f" batch {case['batch']}"
-        threads = f" on {case['threads']} threads" if case["what"] == "threads" else ""
+        threads = f" (threads {case['threads']})" if case["what"] == "threads" else ""
         over = " (batch)" if case["what"] == "batch" else ""
         for part, seconds in case["seconds"].items():
             found[f"{case['name']}{batch} at {case['sparsity']:g}{threads}{over}", part] = seconds
     return found
+
+
+def _grouped(labels):
+    """A line for each layer or net: its name, and all of its cases."""
+    found = {}
+    for label in labels:
+        name, _, rest = label.partition(" at ")
+        found.setdefault(name, {})[rest] = None
+    return [f"  {name} at {', '.join(rests)}" for name, rests in found.items()]
 
 
 def _row(key, a, b):
@@ -59,7 +69,9 @@ def _row(key, a, b):
 
 
 def _about(path, report):
-    return f"{Path(path)}, {report.get('date', 'no date')}"
+    busy = [line for taken in report["load"].values() for line in [too_busy(taken)] if line]
+    warning = f"\n   WARNING, not to be trusted: {'; '.join(busy)}" if busy else ""
+    return f"{Path(path)}, {report.get('date', 'no date')}{warning}"
 
 
 def _differences(a, b):

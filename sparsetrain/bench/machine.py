@@ -86,7 +86,7 @@ def limits(threads, seconds=0.02):
 
     {"threads", "fma_gflops", "levels": [{"name", "bytes", "read_gbs", "update_gbs"}]}, float32; bytes: how much fits,
     over all threads, None for memory; read: a sum over an array; update: y += a x, which reads two numbers and writes
-    one. Each is the best of three runs of so many seconds.
+    one. Each is the best of five runs of so many seconds.
     """
     x = np.ones((threads, core.CHAINED_VALUES), np.float32)
     multiply_add = partial(core.multiply_add, x, 0.5, 0.5)
@@ -121,13 +121,13 @@ def _bandwidth(threads, size, seconds):
 
 
 def _rate(run, seconds):
-    """Rounds a second of run(rounds), the best of three."""
+    """Rounds a second of run(rounds), the best of five."""
     rounds, taken = 1, _timed(run, 1)
     while taken < seconds / 4:
         rounds *= 4
         taken = _timed(run, rounds)
     rounds = max(1, round(rounds * seconds / taken))
-    return rounds / min(_timed(run, rounds) for _ in range(3))
+    return rounds / min(_timed(run, rounds) for _ in range(5))
 
 
 def _timed(run, rounds):

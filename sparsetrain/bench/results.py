@@ -93,7 +93,7 @@ def read(path):
         raise ValueError(f"{path} was not written by sparsetrain bench")
     if report.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {report.get('schema')!r}, this version reads {SCHEMA}: run it again")
-    for name, kind in (("machine", dict), ("ran_with", dict), ("limits", list), ("cases", list)):
+    for name, kind in (("machine", dict), ("ran_with", dict), ("load", dict), ("limits", list), ("cases", list)):
         if not isinstance(report.get(name), kind):
             raise ValueError(f"{path} has no {name!r}")
     for number, case in enumerate(report["cases"]):

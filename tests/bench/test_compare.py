@@ -35,9 +35,10 @@ def test_ratio_and_noise(tmp_path):
 
 def test_cases_in_one_only(tmp_path):
     same = layer(0.9, [0.1], [0.1])
-    lines = lines_of(tmp_path, [same, layer(0.5, [0.1], [0.1])], [same, net(0.9, [0.1])])
-    assert "only in A: linear-64-32-b32 at 0.5 forward, linear-64-32-b32 at 0.5 backward" in lines
-    assert "only in B: lenet5 batch 64 at 0.9 step" in lines
+    others = [layer(0.5, [0.1], [0.1]), layer(0.9, [0.1], [0.1], "threads", 2)]
+    lines = lines_of(tmp_path, [same, *others], [same, net(0.9, [0.1])])
+    assert lines[lines.index("only in A:") + 1] == "  linear-64-32-b32 at 0.5, 0.9 (threads 2)"
+    assert lines[lines.index("only in B:") + 1] == "  lenet5 batch 64 at 0.9"
     assert "no case is in both" in lines_of(tmp_path, [same], [net(0.9, [0.1])])
 
 
@@ -50,6 +51,14 @@ def test_scaling_cases_are_told_apart(tmp_path):
     ]
     lines = lines_of(tmp_path, cases, cases)
     assert "8 in both; geometric mean of B / A: 1.000" in lines
+
+
+def test_a_run_on_a_busy_machine_is_marked(tmp_path):
+    quiet = {"others": 0.01, "stolen": 0.0, "seconds": 1.0, "load_average": 0.1}
+    a = write(tmp_path / "a.json", net(0.5, [0.1]), load={"before": quiet, "during": quiet})
+    b = write(tmp_path / "b.json", net(0.5, [0.1]), load={"before": quiet, "during": {**quiet, "others": 0.5}})
+    (warning,) = [line for line in compare.compare(a, b).splitlines() if "WARNING" in line]
+    assert "others took 50% of a core" in warning
 
 
 def test_machines_that_differ_are_shown(tmp_path):
