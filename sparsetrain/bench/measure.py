@@ -92,13 +92,12 @@ def net_cases(names, sparsities, threads):
 def scaling_cases(layers, nets, sparsity, threads):
     """One layer and the last net with 1, 2, 4, ... and all threads, and the layer over BATCHES.
 
-    The layer is the first convolution, else layer, of which 256 images are at most 64 MB.
+    The layer is the convolution, else linear layer, with the most work an image, among those of which 256 images are
+    at most 64 MB.
     """
     cases = []
     counts = thread_counts(threads)
-    by_kind = sorted(layers, key=lambda layer: layer["kind"] != "conv")
-    small = [la for la in by_kind if math.prod(shapes.input_shape(shapes.with_batch(la, 256))) <= 16 << 20]
-    layer = next(iter(small or by_kind), None)
+    layer = max(layers, key=_fitness, default=None)
     if layer and len(counts) > 1:
         inputs = Inputs(layer)
         cases += [_layer(layer, inputs, sparsity, n, "threads") for n in counts]
@@ -108,6 +107,12 @@ def scaling_cases(layers, nets, sparsity, threads):
         sizes = [shapes.with_batch(layer, batch) for batch in BATCHES]
         cases += [_layer(size, Inputs(size), sparsity, threads, "batch") for size in sizes]
     return cases
+
+
+def _fitness(layer):
+    one = shapes.with_batch(layer, 1)
+    operations, _ = shapes.work(one, math.prod(shapes.module(layer).weight.shape), dense=True)["forward"]
+    return 256 * 4 * math.prod(shapes.input_shape(one)) <= 64 << 20, layer["kind"] == "conv", operations
 
 
 def thread_counts(threads):

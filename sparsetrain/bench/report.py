@@ -97,6 +97,8 @@ def _against_dense(report):
     rows = []
     for key in sorted({**points, **lines}, key=lambda key: _order(key, report["cases"])):
         point, line = points.get(key), lines.get(key)
+        if point is None and line is None:
+            continue
         fit = ("-", "-", "-")
         if line:
             fit = ms(line["start"]), f"{1e9 * line['slope']:.2f}", f"{line['worst']:.0%}"

@@ -102,3 +102,5 @@ def test_scaling_has_each_number_of_threads_and_batch():
     assert [(c.about["batch"], c.threads) for c in cases if c.what == "batch"] == [(b, 4) for b in measure.BATCHES]
     assert [c.what for c in measure.scaling_cases(layers, ["mlp"], 0.9, 1)] == ["batch"] * 5
     assert measure.scaling_cases([], [], 0.9, 1) == []
+    (linear,) = {c.about["in"] for c in measure.scaling_cases(layers[-2:], [], 0.9, 1)}
+    assert linear == 768
