@@ -152,19 +152,26 @@ def _measure(o, layers):
         *measure.net_cases(o.nets, at_nets, threads),
         *measure.scaling_cases(layers, o.nets, scaling_at, threads),
     ]
+    by_threads = {at["threads"]: at for at in limits}
+
+    restless = []
+
+    def settle(n):
+        if not machine.settle(by_threads[n]):
+            restless.append(n)
+
     left = o.budget - (time.perf_counter() - start)
     try:
         with tqdm(total=len(cases) * o.repeats, desc="measuring", disable=None, leave=False) as bar:
-            measure.run(cases, o.repeats, left, done=bar.update)
+            measure.run(cases, o.repeats, left, settle, done=bar.update)
     finally:
         st.set_num_threads(threads)
-    by_threads = {at["threads"]: at for at in limits}
     judged = [results.judge(case.result(), by_threads[case.threads]) for case in cases]
     counts = [len(case.repetitions) for case in cases]
     return {
         "limits": limits,
         "load": {"before": before, "during": during.taken()},
-        "repetitions": {"least": min(counts, default=0), "most": max(counts, default=0)},
+        "repetitions": {"least": min(counts, default=0), "most": max(counts, default=0), "restless": len(restless)},
         "seconds": time.perf_counter() - start,
         "cases": judged,
         "break_even": results.break_evens(judged),

@@ -106,6 +106,25 @@ def limits(threads, seconds=0.02):
     return {"threads": threads, "fma_gflops": 2 * x.size * rate / 1e9, "levels": levels}
 
 
+def settle(limits, patience=0.25):
+    """Run multiply-adds until the threads of `limits` are about as fast as there, or `patience` seconds end: False.
+
+    Threads that slept may wake on one core and stay there, each waiting for the other, while the next core is idle:
+    then every pass takes as long as on one thread.
+    """
+    threads, end = limits["threads"], time.perf_counter() + patience
+    if threads == 1:
+        return True
+    x, rounds = np.ones((threads, core.CHAINED_VALUES), np.float32), 50_000
+    multiply_add = partial(core.multiply_add, x, 0.5, 0.5)
+    enough = 1.5 * 2 * x.size * rounds / (limits["fma_gflops"] * 1e9)
+    while _timed(multiply_add, rounds) > enough:
+        if time.perf_counter() >= end:
+            return False
+        multiply_add(10 * rounds)  # long enough that a thread which waits for the core is moved to another
+    return True
+
+
 def _bandwidth(threads, size, seconds):
     """GB/s of reading and updating `size` bytes in all."""
     pixels = max(1, size // (threads * 2 * 64)) | 1  # an odd number leaves no gap between the two halves

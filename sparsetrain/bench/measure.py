@@ -49,12 +49,14 @@ class Case:
     def one_pass(self):
         return self.build(self.about)
 
-    def repeat(self):
-        """Measure one repetition more."""
+    def repeat(self, settle):
+        """Measure one repetition more. settle(threads) is called before, when nothing is left to build."""
         core.set_num_threads(self.threads)
-        # The first pass also makes plans and meets memory for the first time.
+        if not self.repetitions:
+            self.one_pass()  # makes plans and meets memory for the first time
+        settle(self.threads)
         seconds = sum(self.one_pass().values())
-        if seconds < WARM_SECONDS or not self.repetitions:
+        if seconds < WARM_SECONDS:
             seconds = sum(self.one_pass().values())
         runs = [self.one_pass() for _ in range(max(1, math.ceil(MIN_SECONDS / seconds)))]
         self.repetitions.append({part: statistics.fmean(run[part] for run in runs) for part in runs[0]})
@@ -65,17 +67,17 @@ class Case:
         return {"what": self.what, **self.about, "threads": self.threads, "seconds": parts}
 
 
-def run(cases, repeats, budget, clock=time.perf_counter, done=lambda: None):
+def run(cases, repeats, budget, settle, clock=time.perf_counter, done=lambda: None):
     """Repeat every case once, then all in turn until each has `repeats` or `budget` seconds are over.
 
-    done is called after every repetition.
+    settle(threads) is called before every repetition, done() after it.
     """
     start = clock()
     for number in range(repeats):
         for case in cases:
             if number > 0 and clock() - start >= budget:
                 return
-            case.repeat()
+            case.repeat(settle)
             done()
 
 

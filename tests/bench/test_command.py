@@ -19,6 +19,7 @@ def folder(tmp_path, monkeypatch):
     """An empty current folder with a file of small layers; the machine is not measured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "limits", lambda threads: {**bench_runs.LIMITS, "threads": threads})
+    monkeypatch.setattr(machine, "settle", lambda limits: True)
     monkeypatch.setattr(load, "idle", lambda seconds: None)
     (tmp_path / "small.txt").write_text("conv 4 4 3 1 1 6 16\nlinear 32 32 16\n")
     return tmp_path
@@ -40,7 +41,7 @@ def test_tables_json_and_figures(folder, capsys):
     assert [at["threads"] for at in found["limits"]] == [1, 2]
     kinds = [case["what"] for case in found["cases"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {"layer": 8, "net": 4, "threads": 4, "batch": 5}
-    assert found["repetitions"] == {"least": 1, "most": 1}
+    assert found["repetitions"] == {"least": 1, "most": 1, "restless": 0}
     assert all(len(times) == 1 for case in found["cases"] for times in case["seconds"].values())
     at = [case["sparsity"] for case in found["cases"] if case["what"] == "net"]
     assert at == [0, 0.5, 0.8, 0.9]
@@ -101,6 +102,12 @@ def test_a_busy_machine_is_said(folder, capsys, monkeypatch):
     assert cli.main(["bench", "--layers", "none", "--nets", "none", "--out", "out"]) == 0
     assert "WARNING, not to be trusted: before the run others took 50% of a core" in capsys.readouterr().out
     assert results.read(folder / "out/bench.json")["load"]["before"] == taken
+
+
+def test_threads_that_share_a_core_are_said(folder, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "settle", lambda limits: False)
+    assert cli.main([*SMALL, "--nets", "none", "--sparsity", "0.9", "--layers", "lin*", "--threads", "1"]) == 0
+    assert "6 repetitions began while threads still shared a core" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

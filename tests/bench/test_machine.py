@@ -16,6 +16,13 @@ def test_limits_are_positive_on_every_instruction_set(isa):
     assert all(math.isfinite(n) and n > 0 for n in numbers)
 
 
+def test_settle_ends_when_the_threads_are_as_fast_as_they_were_or_patience_ends():
+    slow, impossible = {"threads": 2, "fma_gflops": 1e-3}, {"threads": 2, "fma_gflops": 1e9}
+    assert machine.settle(slow)
+    assert not machine.settle(impossible, patience=0.01)
+    assert machine.settle({**impossible, "threads": 1})
+
+
 def cache(folder, index, **files):
     place = folder / f"index{index}"
     place.mkdir()

@@ -24,16 +24,17 @@ class Work:
     def __init__(self, clock, name, seconds, log):
         self.clock, self.name, self.seconds, self.log = clock, name, seconds, log
 
-    def repeat(self):
+    def repeat(self, settle):
+        settle(2)
         self.clock.now += self.seconds
         self.log.append(self.name)
 
 
 def order(repeats, budget, **seconds):
-    clock, log, done = Clock(), [], []
+    clock, log, done, settled = Clock(), [], [], []
     cases = [Work(clock, name, s, log) for name, s in seconds.items()]
-    measure.run(cases, repeats, budget, clock, done=lambda: done.append(1))
-    assert len(done) == len(log)
+    measure.run(cases, repeats, budget, settled.append, clock, done=lambda: done.append(1))
+    assert len(done) == len(log) == len(settled)
     return "".join(log)
 
 
@@ -63,9 +64,11 @@ def test_a_repetition_has_passes_until_enough_is_measured():
         return one_pass
 
     case = measure.Case("layer", {"name": "x", "batch": 1, "sparsity": 0.5}, 1, build)
-    case.repeat()
-    case.repeat()
-    assert len(passes) == 2 * (2 + math.ceil(measure.MIN_SECONDS / 0.008))  # and a cold and a warm one each
+    settled = []
+    case.repeat(settled.append)
+    case.repeat(settled.append)
+    assert len(passes) == 1 + 2 * (2 + math.ceil(measure.MIN_SECONDS / 0.008))  # the first, then two to warm up
+    assert settled == [1, 1]
     assert case.result() == {
         "what": "layer", "name": "x", "batch": 1, "sparsity": 0.5, "stored": 5, "threads": 1,
         "seconds": {"forward": [pytest.approx(0.002)] * 2, "backward": [pytest.approx(0.006)] * 2},
@@ -82,7 +85,7 @@ def test_layers_and_nets_are_as_sparse_as_asked(tmp_path):
     path.write_text("conv 4 4 3 1 1 6 16\n")
     cases = measure.layer_cases(shapes.read(path), [0, 0.75], 1) + measure.net_cases(["lenet5"], [0, 0.9], 2)
     for case in cases:
-        case.repeat()
+        case.repeat(lambda threads: None)
         assert core.get_num_threads() == case.threads
     stored = [case.result()["stored"] for case in cases]
     assert stored[:2] == [144, 36]
