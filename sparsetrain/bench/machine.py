@@ -109,8 +109,8 @@ def limits(threads, seconds=0.02):
 def settle(limits, patience=0.25):
     """Run multiply-adds until the threads of `limits` are about as fast as there, or `patience` seconds end: False.
 
-    Threads that slept may wake on one core and stay there, each waiting for the other, while the next core is idle:
-    then every pass takes as long as on one thread.
+    Threads that slept may come back on one core, of this system or of the host of a virtual machine, and stay there for
+    up to a second, each waiting for the other: then every pass takes as long as on one thread.
     """
     threads, end = limits["threads"], time.perf_counter() + patience
     if threads == 1:

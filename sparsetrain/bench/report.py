@@ -38,7 +38,7 @@ def notes(report):
         why = f", as the budget of {ran['budget']:g} s was used up" * (counts["least"] < ran["repeats"])
         lines.append(f"repetitions: {done} of {ran['repeats']}{why}; medians; {report['seconds']:.0f} s in all")
     if counts["restless"]:
-        lines.append(f"{counts['restless']} repetitions began while threads still shared a core")
+        lines.append(f"{counts['restless']} repetitions began while the threads did not reach their speed together")
     busy = {when: too_busy(taken) for when, taken in report["load"].items()}
     warnings = [f"WARNING, not to be trusted: {when} the run {line}" for when, line in busy.items() if line]
     if report["load"]["before"] is None:
