@@ -1,20 +1,15 @@
-"""What the benchmarks compute: layer shapes from a file, the nets, and the same numbers for all.
+"""What the benchmarks compute: the nets, and the same numbers for all.
 
 Both the scripts and the worker processes import this file, so that every peer gets the same
-weights, the same mask and the same inputs: they depend on the case alone.
+weights, the same mask and the same inputs: they depend on the case alone. It imports nothing of
+sparsetrain, which would set up the threads of the peers' processes too.
 """
 
 import math
 import zlib
-from pathlib import Path
 
 import numpy as np
 
-SHAPES = Path(__file__).parent / "shapes"
-FIELDS = {
-    "conv": ("in", "out", "kernel", "stride", "padding", "size", "batch"),
-    "linear": ("in", "out", "batch"),
-}
 # dense: places, among the layers with weights, that stay dense on every side. SparseProp's paper
 # (section 4.2) keeps the first convolution and the last linear layer so; the first layer of the
 # MLP holds 42 % of its weights and is sparse.
@@ -28,21 +23,6 @@ NETS = {
 
 # Of every peer's optimiser. The rate is small, so that hundreds of steps on one batch stay tame.
 SGD = {"lr": 1e-3, "momentum": 0.9}
-
-
-def layer_cases(path):
-    """Cases of a shapes file: {"name", "kind", ...}, with the fields that FIELDS lists as ints."""
-    cases = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        words = line.split("#")[0].split()
-        if not words:
-            continue
-        kind, values = words[0], words[1:]
-        if kind not in FIELDS or len(values) != len(FIELDS[kind]):
-            raise ValueError(f"{path}, line {number}: {line!r}, wanted one of {FIELDS}")
-        case = {"kind": kind, **dict(zip(FIELDS[kind], map(int, values), strict=True))}
-        cases.append({"name": _layer_name(case), **case})
-    return cases
 
 
 def net_cases(all_sparse=False):
@@ -130,11 +110,3 @@ def _sparse_weight(shape, sparsity, rng):
     scale = math.sqrt(2 * shape[0] / stored)
     weight = rng.standard_normal(size, dtype=np.float32) * np.float32(scale) * mask
     return weight.reshape(shape), mask.reshape(shape)
-
-
-def _layer_name(case):
-    if case["kind"] == "linear":
-        return f"linear-{case['in']}-{case['out']}-b{case['batch']}"
-    stride = f"s{case['stride']}" if case["stride"] > 1 else ""
-    kernel = f"{case['kernel']}x{case['kernel']}{stride}"
-    return f"conv{kernel}-{case['in']}-{case['out']}-{case['size']}-b{case['batch']}"

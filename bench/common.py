@@ -5,15 +5,17 @@ import datetime
 import fnmatch
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+# Importing sparsetrain says in the environment how long idle threads look for work. The peers must not inherit that.
+ENVIRONMENT = dict(os.environ)
+
+from sparsetrain.bench.load import idle, too_busy  # noqa: E402
+from sparsetrain.bench.machine import describe  # noqa: E402
+
 HERE = Path(__file__).parent
-# Of one core, used by other processes or taken by the hypervisor: more spoils a measurement.
-MAX_OTHERS = 0.05
 # What keeps PyTorch (ATen, oneDNN, MKL) to an instruction set. SparseProp's kernels are all AVX2.
 ISA_LIMITS = {
     "base": ("default", "SSE41", "SSE4_2"),
@@ -67,7 +69,7 @@ def chosen_cases(cases, options):
 
 def worker_environment(options):
     """Environment of a worker: threads and instruction set, nothing about how threads wait."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(options.threads)}
     environment.pop("MKL_NUM_THREADS", None)
     if options.isa:
         aten, onednn, mkl = ISA_LIMITS[options.isa]
@@ -79,25 +81,8 @@ def worker_environment(options):
 
 
 def machine():
-    """What the measurements depend on: processor, caches, memory, kernel, commit."""
-    with open("/proc/cpuinfo") as file:
-        fields = dict(map(str.strip, line.split(":", 1)) for line in file.read().split("\n\n")[0].splitlines())
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
-        caches[f"L{level} {kind}"] = size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": fields.get("model name", platform.machine()),
-        "family/model/stepping": "/".join(fields.get(name, "?") for name in ("cpu family", "model", "stepping")),
-        "cores": len(os.sched_getaffinity(0)),
-        "caches": caches,
-        "memory_bytes": memory,
-        "virtual": "hypervisor" in fields.get("flags", ""),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
+    """What the measurements depend on: processor, caches, memory, system, commit."""
+    return {**describe(), "commit": _commit()}
 
 
 def _commit():
@@ -111,55 +96,9 @@ def _commit():
     return commit and commit + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-class Load:
-    """CPU time that others take from its making on, as a share of one core.
-
-    others: every process but this one and those of process_ids, which live until taken().
-    """
-
-    def __init__(self, process_ids=()):
-        self.process_ids = process_ids
-        self.start = self._now()
-
-    def taken(self):
-        """{"others": other processes, "stolen": the hypervisor, "seconds": so far}."""
-        seconds, busy, stolen, ours = (now - then for now, then in zip(self._now(), self.start, strict=True))
-        return {
-            "others": round(max(0.0, busy - ours) / seconds, 4),
-            "stolen": round(stolen / seconds, 4),
-            "seconds": round(seconds, 2),
-            "load_average": os.getloadavg()[0],
-        }
-
-    def _now(self):
-        with open("/proc/stat") as file:
-            ticks = list(map(int, file.readline().split()[1:9]))
-        user, nice, system, _idle, _iowait, irq, softirq, stolen = ticks
-        ours = 0
-        for process_id in ("self", *self.process_ids):
-            # Fields 14 and 15 of man 5 proc; the name, which ends in a bracket, is field 2.
-            fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
-            ours += int(fields[11]) + int(fields[12])
-        hertz = os.sysconf("SC_CLK_TCK")
-        busy = user + nice + system + irq + softirq
-        return time.monotonic(), busy / hertz, stolen / hertz, ours / hertz
-
-
-def too_busy(taken):
-    """A line that says how busy others were, or None where that is little."""
-    if max(taken["others"], taken["stolen"]) <= MAX_OTHERS:
-        return None
-    return (
-        f"others took {taken['others']:.0%} of a core and the hypervisor {taken['stolen']:.0%}"
-        f" (at most {MAX_OTHERS:.0%}), load average {taken['load_average']:.2f}"
-    )
-
-
 def check_load(force, seconds=2.0):
     """What others take while we sleep; SystemExit if it is much and force is not set."""
-    load = Load()
-    time.sleep(seconds)
-    taken = load.taken()
+    taken = idle(seconds)
     busy = too_busy(taken)
     if busy and not force:
         raise SystemExit(f"the machine is busy: {busy}. Wait, or give --force")

@@ -10,6 +10,8 @@ import cases
 import common
 import race
 
+from sparsetrain.bench import shapes
+
 DENSE = ("torch", "torch-channels-last")
 SPARSEPROP = ("sparseprop-batch", "sparseprop-on")
 
@@ -18,10 +20,9 @@ def main():
     sparsities = [0, 0.5, 0.8, 0.9, 0.95, 0.99]
     peers = ["sparsetrain", *DENSE, *SPARSEPROP, "sparselab", "torch-csr"]
     parser = common.parser(__doc__, peers, sparsities, repeats=15, quick="linear-1024-1024-b128")
-    shapes = cases.SHAPES / "layers.txt"
-    parser.add_argument("--shapes", type=Path, default=shapes, help=f"default {shapes}")
+    parser.add_argument("--shapes", type=Path, default=shapes.DEFAULT, help=f"default {shapes.DEFAULT}")
     options = common.parse(parser)
-    chosen = common.chosen_cases(cases.layer_cases(options.shapes), options)
+    chosen = common.chosen_cases(shapes.read(options.shapes), options)
     results = race.run(chosen, options)
     headings = [
         "layer", "sparsity", "fwd ms", "bwd ms", "GF/s fwd", "GF/s bwd", "from NumPy",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import common
 
+from sparsetrain.bench.load import Load, too_busy
+
 # After a turn we wait at least this long, then until the peer's threads sleep: libgomp's spin for
 # some milliseconds after a parallel region, on a core that the next peer needs.
 PAUSE_SECONDS = 0.02
@@ -113,7 +115,7 @@ class Worker:
 
 def _race(case, workers, repeats, versions):
     print(f"\n{case['name']}, sparsity {case['sparsity']:g}", flush=True)
-    load = common.Load([worker.process.pid for worker in workers])
+    load = Load([worker.process.pid for worker in workers])
     outcome, samples = {}, {}
     for worker in workers:
         answer = worker.ask(case=case, repeats=1, sample=True)
@@ -137,7 +139,7 @@ def _race(case, workers, repeats, versions):
         tolerance = NET_TOLERANCE if "net" in case else LAYER_TOLERANCE
         _print_peer(peer, outcome[peer], tolerance)
     taken = load.taken()
-    if busy := common.too_busy(taken):
+    if busy := too_busy(taken):
         print(f"  WARNING, not to be trusted: meanwhile {busy}", flush=True)
     return {"case": case, "load": taken, "peers": outcome}
 

@@ -1,4 +1,4 @@
-"""The command line: `sparsetrain train` and `sparsetrain info`."""
+"""The command line: `sparsetrain train`, `sparsetrain bench` and `sparsetrain info`."""
 
 import argparse
 import importlib.metadata
@@ -14,6 +14,8 @@ import threadpoolctl
 import sparsetrain as st
 from sparsetrain import checks, data, optim
 from sparsetrain._kernels import threads
+from sparsetrain.bench import command as bench
+from sparsetrain.bench.machine import caches
 from sparsetrain.nn import models
 from sparsetrain.train import (
     Checkpoint,
@@ -98,7 +100,8 @@ def main(argv=None):
     """Run a command line; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
     try:
         given = vars(_parser().parse_args(argv))
-        return _train(given) if given.pop("command") == "train" else _info()
+        command = given.pop("command")
+        return _train(given) if command == "train" else bench.run(given) if command == "bench" else _info()
     except SystemExit as end:  # --help, --version
         return end.code
     except KeyboardInterrupt:
@@ -120,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser("sparsetrain", description="Train neural networks with sparse weights.")
     parser.add_argument("--version", action="version", version=f"sparsetrain {st.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
     train = commands.add_parser(
         "train",
         help="train a model on images",
@@ -134,6 +137,7 @@ def _parser():
         if default is not None and not isinstance(default, bool):
             text += f" (default: {' '.join(default) if isinstance(default, list) else default})"
         train.add_argument(f"--{name}", **settings).help = text
+    bench.add_parser(commands)
     commands.add_parser("info", help="versions, instruction sets, threads, caches, data sets")
     return parser
 
@@ -350,7 +354,8 @@ def _info():
     for pool in threadpoolctl.threadpool_info():
         name = f"{pool['internal_api']} {pool['version'] or ''}".strip()
         print(f"thread pool        {name}, {pool['num_threads']} threads ({pool['filepath']})")
-    print(f"caches             {_caches()}")
+    sizes = ", ".join(f"{name} {size >> 10}K" for name, size, _ in caches())
+    print(f"caches             {sizes or 'unknown'}")
     for name, version in _versions().items():
         print(f"{name:<19}{version or 'not installed'}")
     for name in data.NAMES:
@@ -373,13 +378,3 @@ def _versions():
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def _caches():
-    """Sizes of the first CPU's data caches, as Linux tells them."""
-    sizes = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / f).read_text().strip() for f in ("level", "type", "size"))
-        if kind != "Instruction":
-            sizes.append(f"L{level}{'d' if kind == 'Data' else ''} {size}")
-    return ", ".join(sizes) or "unknown"

@@ -10,7 +10,7 @@ import sparsetrain
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
     *("_kernels", "checks", "rng", "arrays", "normed", "sparse", "plans", "ops", "nn", "optim", "sparsity"),
-    *("backprop", "data", "train", "__init__", "cli", "__main__"),
+    *("backprop", "data", "train", "__init__", "bench", "cli", "__main__"),
 ]
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

@@ -825,3 +825,37 @@ def adam_step(floating[::1] data, const floating[::1] grad, floating[::1] m, flo
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.adam(n * c // chunks, n * (c + 1) // chunks, d, g, mp, vp, step, lr, beta1, beta2, eps, weight_decay,
                      decoupled)
+
+
+# ---- what the machine can do at best: row t of an array (threads, n) is for thread t alone
+
+CHAINED_VALUES = kernels.CHAINED_VALUES  # of a row of multiply_add()
+
+
+cdef int rows_of(floating[:, :] a, long rows, long n) except -1:
+    if a.shape[0] != rows or a.shape[1] != n or n < 1 or a.strides[1] != sizeof(floating):
+        raise ValueError(f"array has shape {tuple(a.shape)[:2]}, must be ({rows}, {n}) with contiguous rows")
+    return rows
+
+
+def multiply_add(floating[:, :] x, double a, double b, long repeats):
+    """x[:] = a * x + b, `repeats` times in registers; x is (threads, CHAINED_VALUES)."""
+    cdef int threads = rows_of(x, x.shape[0], kernels.CHAINED_VALUES), t
+    for t in prange(threads, nogil=True, num_threads=threads, schedule="static"):
+        kernels.multiply_add(repeats, <floating>a, <floating>b, &x[t, 0])  # OUT x
+
+
+def read_sum(floating[:, :] x, floating[:] totals, long repeats):
+    """totals[t] = the sum of row t, `repeats` times over."""
+    cdef int threads = rows_of(x, x.shape[0], x.shape[1]), t
+    same_length("totals", totals.shape[0], threads)
+    for t in prange(threads, nogil=True, num_threads=threads, schedule="static"):
+        kernels.read_sum(x.shape[1], repeats, <const floating *>&x[t, 0], &totals[t])  # OUT totals
+
+
+def axpy(double a, floating[:, :] x, floating[:, :] y, long repeats):
+    """y[:] += a * x, `repeats` times; y may be x."""
+    cdef int threads = rows_of(x, x.shape[0], x.shape[1]), t
+    rows_of(y, threads, x.shape[1])
+    for t in prange(threads, nogil=True, num_threads=threads, schedule="static"):
+        kernels.axpy(x.shape[1], repeats, <floating>a, <const floating *>&x[t, 0], &y[t, 0])  # OUT y

@@ -53,4 +53,7 @@ CALL(from_blocked)
 CALL(cross_entropy)
 CALL(sgd)
 CALL(adam)
+CALL(multiply_add)
+CALL(read_sum)
+CALL(axpy)
 #undef CALL

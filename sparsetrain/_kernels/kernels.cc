@@ -26,6 +26,7 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 #include "pool.hh"
 #include "loss.hh"
 #include "optim.hh"
+#include "machine.hh"
 
 template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_values = pack_values<T>,
@@ -35,7 +36,8 @@ template <class T> constexpr Kernels<T> kernels = {
     .max_pool = max_pool<T>, .max_pool_backward = max_pool_backward<T>,
     .avg_pool = avg_pool<T>, .avg_pool_backward = avg_pool_backward<T>,
     .to_blocked = to_blocked<T>, .from_blocked = from_blocked<T>,
-    .cross_entropy = cross_entropy<T>, .sgd = sgd<T>, .adam = adam<T>};
+    .cross_entropy = cross_entropy<T>, .sgd = sgd<T>, .adam = adam<T>,
+    .multiply_add = multiply_add<T>, .read_sum = read_sum<T>, .axpy = axpy<T>};
 }  // namespace
 
 namespace ISA {

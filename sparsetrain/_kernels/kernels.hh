@@ -145,7 +145,16 @@ template <class T> struct Kernels {
                 double weight_decay, bool first);
     void (*adam)(long begin, long end, T *data, const T *grad, T *m, T *v, long step, double lr, double beta1,
                  double beta2, double eps, double weight_decay, bool decoupled);
+
+    // What the machine can do at best, measured by `sparsetrain bench`.
+    // x[i] = a x[i] + b for CHAINED_VALUES values, `repeats` times, in registers
+    void (*multiply_add)(long repeats, T a, T b, T *x);
+    // *total = the sum of x[0 .. n), `repeats` times over
+    void (*read_sum)(long n, long repeats, const T *x, T *total);
+    // y[i] += a x[i] for i < n, `repeats` times; y may be x
+    void (*axpy)(long n, long repeats, T a, const T *x, T *y);
 };
+enum { CHAINED_VALUES = 768 };  // a whole number of register files on every instruction set
 
 // One instruction set's build of every kernel, and how many positions a tile may have in spmm with one
 // row at once, in sddmm, and in spmm with several rows at once.

@@ -23,6 +23,7 @@ cdef extern from "dispatch.hh" nogil:
     enum: LAST
     enum: ROWS_AT_ONCE
     enum: MAX_PHASES
+    enum: CHAINED_VALUES
     cppclass Product[T]:
         const T *x
         T *y
@@ -110,3 +111,6 @@ cdef extern from "dispatch.hh" nogil:
     void cross_entropy[T](long, long, long, long, double, const T *, const int64_t *, double *, T *)
     void sgd[T](long, long, T *, const T *, T *, double, double, bint, double, bint)
     void adam[T](long, long, T *, const T *, T *, T *, long, double, double, double, double, double, bint)
+    void multiply_add[T](long, T, T, T *)
+    void read_sum[T](long, long, const T *, T *)
+    void axpy[T](long, long, T, const T *, T *)
