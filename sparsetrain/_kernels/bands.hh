@@ -114,9 +114,25 @@ template <class T> INLINE Product<T> band_of(const Product<T> &plan, int row_axi
     p.extent[row_axis] = rows, p.x = x, p.y = y;
     return p;
 }
-template <class T> INLINE void run_band(const Product<T> &p, T *scratch) {
+template <class T> INLINE void run_band(const Product<T> &p, T *scratch, Ahead<T> &ahead) {
     const long n = n_tiles(p);
-    for (long i = 0; i < n; i++) spmm(&p, i, scratch);
+    for (long i = 0; i < n; i++) spmm_task(p, 0, cut(p, i), scratch, ahead);
+}
+template <class T> INLINE long band_segments(const Product<T> &p) { return n_tiles(p) * n_segments(p, 0); }
+
+// The rows first to last of a plane array, if there is one.
+template <class T>
+INLINE void fetch_rows(Ahead<T> &ahead, const View<T> &v, const Shape &s, long block, long first, long last, bool write = false) {
+    if (first < 0) first = 0;
+    if (last > s.height) last = s.height;
+    if (v.data) ahead.add(pixel_row(v, block, 0, first), s.channels, last - first, s.width, v.channel, v.row, IMAGES, write);
+}
+// What form_x() reads, or the product itself, of the band.
+template <class T> INLINE void fetch_band_x(Ahead<T> &ahead, const Bands<T> &a, long block, long first, long last) {
+    const long row = first * a.stride - a.padding[0] + (first ? a.reach + 1 - a.stride : 0);  // the band before had the others
+    const long end = (last - 1) * a.stride - a.padding[0] + a.reach + 1;
+    if (a.formed.data) return fetch_rows(ahead, a.formed, a.x_shape, block, row, end);
+    fetch_rows(ahead, a.raw, a.x_shape, block, row, end), fetch_rows(ahead, a.add, a.x_shape, block, row, end);
 }
 
 // Where x lies for a position in row `first`: in the array, or formed in scratch.
@@ -126,43 +142,67 @@ template <class T> INLINE const T *band_x(const Bands<T> &a, long block, long fi
     return scratch + a.padding[0] * a.x_row + a.padding[1] * IMAGES;
 }
 
+struct Band { long block, first, last; };
+template <class T> INLINE Band band(const Bands<T> &a, long task) {
+    const long height = a.y_shape.height, bands = (height + a.rows - 1) / a.rows, first = task % bands * a.rows;
+    return {task / bands, first, first + a.rows < height ? first + a.rows : height};
+}
+
 template <class T> void conv_band(const Bands<T> *a, long task, T *scratch) {
     FlushToZero flush;
-    const long bands = (a->y_shape.height + a->rows - 1) / a->rows, block = task / bands, first = task % bands * a->rows;
-    const long last = first + a->rows < a->y_shape.height ? first + a->rows : a->y_shape.height;
+    const auto [block, first, last] = band(*a, task);
     const T *x = band_x(*a, block, first, last, scratch);
-    run_band(band_of(a->forward, a->forward_axis, last - first, x, a->y.data + block * a->y.block + first * a->y.row),
-             scratch + a->x_size);
+    const Product<T> p = band_of(a->forward, a->forward_axis, last - first, x, a->y.data + block * a->y.block + first * a->y.row);
+    Ahead<T> ahead;
+    if (task + 1 < a->tasks) {  // most likely the next of this thread
+        const Band next = band(*a, task + 1);
+        fetch_band_x(ahead, *a, next.block, next.first, next.last);
+        fetch_rows(ahead, a->y, a->y_shape, next.block, next.first, next.last, true);
+        fetch_rows(ahead, a->keep, a->x_shape, next.block, own_row(*a, next.first), own_row(*a, next.last), true);
+    }
+    ahead.spread_over(band_segments(p));
+    run_band(p, scratch + a->x_size, ahead);
     if (a->moments)
         add_moments(*a, block, first, last, Lanes<T>(a->y_shape), a->moments + task * 3 * a->y_shape.channels);
 }
 
 template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scratch) {
     FlushToZero flush;
-    const long height = a->y_shape.height, bands = (height + a->rows - 1) / a->rows, n = a->y_shape.blocks * bands;
     const Lanes<T> lanes(a->y_shape);
     T *dy_scratch = scratch + a->x_size, *tile_scratch = dy_scratch + a->dy_size;
     T *dvalues = a->gradient.dvalues + part * a->gradient.n_values;
     for (long i = 0; i < a->gradient.n_values; i++) dvalues[i] = 0;
     double *sums = a->sums ? a->sums + part * 2 * a->x_shape.channels : nullptr;
     for (long i = 0; sums && i < 2 * a->x_shape.channels; i++) sums[i] = 0;
-    for (long task = n * part / a->parts; task < n * (part + 1) / a->parts; task++) {
-        const long block = task / bands, first = task % bands * a->rows;
-        const long last = first + a->rows < height ? first + a->rows : height;
+    const long stop = a->tasks * (part + 1) / a->parts;
+    for (long task = a->tasks * part / a->parts; task < stop; task++) {
+        const auto [block, first, last] = band(*a, task);
+        const long own = own_row(*a, first), end = own_row(*a, last);
         const T *x = band_x(*a, block, first, last, scratch);
         form_dy(*a, block, first, last, lanes, dy_scratch);
         T *dy = dy_scratch + a->dy_halo[0] * a->dy_row + a->dy_halo[1] * IMAGES;
         const Product<T> gradient = band_of(a->gradient, a->gradient_axis, last - first, x, dy);
-        sddmm_tiles(gradient, 0, 0, n_tiles(gradient), dvalues);
-        const long own = own_row(*a, first), end = own_row(*a, last);
+        Product<T> phases[MAX_PHASES];
+        long n = 0, segments = band_segments(gradient);
         for (int i = 0; i < a->phases; i++) {
             const long rows = (end - own - i / a->phases_across + a->stride - 1) / a->stride;
-            if (rows > 0)
-                run_band(band_of(a->input[i], a->input_axis[i], rows, dy,
-                                 a->dx.data + a->input_origin[i] + block * a->dx.block + own * a->dx.row), tile_scratch);
+            if (rows <= 0) continue;
+            phases[n] = band_of(a->input[i], a->input_axis[i], rows, dy,
+                                a->dx.data + a->input_origin[i] + block * a->dx.block + own * a->dx.row);
+            segments += band_segments(phases[n++]);
         }
-        if (sums)
-            mask_and_sum(*a, block, own, end, sums);
+        Ahead<T> ahead;
+        if (task + 1 < stop) {
+            const Band next = band(*a, task + 1);
+            fetch_band_x(ahead, *a, next.block, next.first, next.last);
+            const long from = next.first ? next.first + a->dy_halo[0] : 0, to = next.last + a->dy_halo[0];
+            fetch_rows(ahead, a->g, a->y_shape, next.block, from, to), fetch_rows(ahead, a->y, a->y_shape, next.block, from, to);
+            fetch_rows(ahead, a->dx, a->x_shape, next.block, own_row(*a, next.first), own_row(*a, next.last), true);
+        }
+        ahead.spread_over(segments);
+        for (long i = 0; i < n_tiles(gradient); i++) sddmm_task(gradient, 0, cut(gradient, i), dvalues, ahead);
+        for (long i = 0; i < n; i++) run_band(phases[i], tile_scratch, ahead);
+        if (sums) mask_and_sum(*a, block, own, end, sums);
     }
 }
 

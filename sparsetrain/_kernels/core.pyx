@@ -603,6 +603,7 @@ cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, f
     """x: as the batch norm before read it if scale is given, else as the convolution reads it."""
     cdef Bands[floating] a
     a.x_shape, a.y_shape = shape_of(x, images), shape_of(y, images)
+    a.tasks = y.shape[0] * ((y.shape[2] + p.rows - 1) // p.rows)
     a.rows, a.stride, a.reach, a.relu = p.rows, p.stride, p.reach, relu
     a.padding[0], a.padding[1] = p.padding[0], p.padding[1]
     a.x_channel, a.x_row, a.x_size = p.x_channel, p.x_row, p.x_size

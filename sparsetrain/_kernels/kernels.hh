@@ -67,7 +67,7 @@ enum { MAX_PHASES = 16 };  // of the input gradient of a band: strides up to 4x4
 // whose output goes to a batch norm. It runs a band of `rows` output rows of one image block at a time.
 template <class T> struct Bands {
     Shape x_shape, y_shape;
-    long rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
+    long tasks, rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
     View<T> raw, add, keep, formed, y;     // null data: there is none. formed: x as it lies in memory; keep: to be written
     const T *scale, *shift, *x_mean;
     bool relu;
