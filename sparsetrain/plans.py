@@ -360,7 +360,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
 
 # ---- bands of a convolution between batch norms
 
-BAND_BYTES = 400 << 10  # of what is formed for a band, so that it stays in L2
+BAND_BYTES = int(__import__("os").environ.get("BB","200")) << 10  # of what is formed for a band, so that it stays in L2
 
 
 @dataclass(frozen=True)
@@ -397,19 +397,21 @@ def can_band(structure, geometry, x_shape, output):
     return math.prod(geometry.stride) <= core.MAX_PHASES and math.prod(output) >= 64 and few
 
 
-def _band_rows(x, y, geometry, line_bytes):
-    """Output rows of a band."""
+def _run_and_rows(x, y, geometry, line_bytes):
+    """Output rows of a task, TASKS of them where the shape allows, and of a band."""
     blocks, _, height = y.array.shape[:3]
-    rows = max(4, min(BAND_BYTES // line_bytes, -(-height // -(-TASKS // blocks))))
-    return -(-height // -(-height // rows))
+    runs = min(-(-TASKS // blocks), max(1, height // 8))
+    run = -(-height // runs)
+    bands = -(-run // max(2, BAND_BYTES // line_bytes // 2 * 2))
+    return run, min(run, -(-run // bands // 2) * 2)
 
 
-def _band_input(x, geometry, reach, rows, formed):
-    """The Layout of what a band reads of x: x itself if it is `formed`, else scratch."""
+def _band_input(x, geometry, reach, run, formed):
+    """The Layout of what a band reads of x, and the elements of its scratch: x itself if it is `formed`."""
     if formed:
         return x, 0
     _, channels, _, width, _ = x.array.shape
-    lines = (rows - 1) * geometry.stride[0] + reach[0] + 1
+    lines = (run - 1) * geometry.stride[0] + reach[0] + 1
     scratch = Layout.scratch(channels, lines, width + 2 * geometry.padding[1], x.array.dtype)
     return scratch, scratch.size
 
@@ -424,12 +426,12 @@ def forward_bands(structure, geometry, x, y, formed):
     reach = geometry.reach(kernel)
     _, out, _, width, _ = y.array.shape
     line_bytes = 0 if formed else geometry.stride[0] * _line_bytes(x, 2 * geometry.padding[1])
-    rows = _band_rows(x, y, geometry, line_bytes + _line_bytes(y, 0))
-    source, size = _band_input(x, geometry, reach, rows, formed)
+    run, rows = _run_and_rows(x, y, geometry, line_bytes + _line_bytes(y, 0))
+    source, size = _band_input(x, geometry, reach, run, formed)
     band = Layout.of((1, out, rows, width), strides(y), y.array.dtype)
     step = forward(structure, geometry, source, band, tasks=1)
     plan = core.BandPlan(
-        rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0], forward=step.plan,
+        run=run, rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0], forward=step.plan,
         gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
     )  # fmt: skip
     return plan, step
@@ -441,9 +443,9 @@ def backward_bands(structure, geometry, x, y, dx, formed):
     reach, halo, stride = geometry.reach(kernel), geometry.grad_halo(kernel), geometry.stride
     _, out, height, width, _ = y.array.shape
     line_bytes = 0 if formed else stride[0] * _line_bytes(x, 2 * geometry.padding[1])
-    rows = _band_rows(x, y, geometry, line_bytes + _line_bytes(y, 2 * halo[1]))
-    source, x_size = _band_input(x, geometry, reach, rows, formed)
-    dy = Layout.scratch(out, rows + 2 * halo[0], width + 2 * halo[1], y.array.dtype)
+    run, rows = _run_and_rows(x, y, geometry, line_bytes + _line_bytes(y, 2 * halo[1]))
+    source, x_size = _band_input(x, geometry, reach, run, formed)
+    dy = Layout.scratch(out, run + 2 * halo[0], width + 2 * halo[1], y.array.dtype)
     band = Layout.of((1, out, rows, width), strides(dy), y.array.dtype)
     gradient = weight_gradient(structure, geometry, source, band, tasks=1)
     steps = []
@@ -452,12 +454,11 @@ def backward_bands(structure, geometry, x, y, dx, formed):
         dx_rows = rows * stride[0] if rows < height else dx_height
         dx_band = Layout.of((1, channels, dx_rows, dx_width), strides(dx), y.array.dtype)
         steps = input_gradient(structure, geometry, band, dx_band, tasks=1)
-    bands = y.array.shape[0] * -(-height // rows)
-    parts = min(16, bands)
+    parts = min(16, y.array.shape[0] * -(-height // run))
     while parts > 4 and parts * structure.nnz > x.array.size + y.array.size:
         parts //= 2
     plan = core.BandPlan(
-        rows=rows, parts=parts, stride=stride[0], padding=geometry.padding, reach=reach[0], forward=None,
+        run=run, rows=rows, parts=parts, stride=stride[0], padding=geometry.padding, reach=reach[0], forward=None,
         gradient=gradient, input=[step.plan for step in steps], phases_across=min(stride[1], x.array.shape[3]),
         x_size=x_size, dy_size=dy.size, dy_halo=halo,
     )  # fmt: skip

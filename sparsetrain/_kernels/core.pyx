@@ -552,24 +552,24 @@ def pack_values(const floating[::1] weights, const int32_t[::1] source, long row
 # ---- convolutions between batch norms
 
 cdef class BandPlan:
-    """How a convolution runs band by band of `rows` output rows; plans.py builds it.
+    """How a convolution runs band by band; plans.py builds it.
 
-    forward, or gradient and input: the Plans of a band of one image block; input: those of the phases of its dx,
+    run: output rows of a task; rows: those of a band of it. forward, or gradient and input: the Plans of a band of one image block; input: those of the phases of its dx,
     phases_across of them side by side. x_size, dy_size: elements of the scratch that the input (0: it lies in memory) and
-    the output's gradient are formed in. parts: into how many runs the bands are cut for the weight gradient.
+    the output's gradient are formed in. parts: into how many the tasks are cut for the weight gradient.
     """
     cdef:
         readonly Plan forward, gradient
         readonly tuple input
-        readonly long rows, parts
+        readonly long run, rows, parts
         long stride, reach, phases_across, x_channel, x_row, x_size, dy_channel, dy_row, dy_size, tile_size
         long padding[2]
         long dy_halo[2]
 
-    def __init__(self, *, long rows, long parts, long stride, padding, long reach, Plan forward, Plan gradient, input,
+    def __init__(self, *, long run, long rows, long parts, long stride, padding, long reach, Plan forward, Plan gradient, input,
                  long phases_across, long x_size, long dy_size, dy_halo):
         cdef Plan p
-        self.rows, self.parts, self.stride, self.reach, self.phases_across = rows, parts, stride, reach, phases_across
+        self.run, self.rows, self.parts, self.stride, self.reach, self.phases_across = run, rows, parts, stride, reach, phases_across
         self.forward, self.gradient, self.input = forward, gradient, tuple(input)
         self.padding[0], self.padding[1] = padding
         self.dy_halo[0], self.dy_halo[1] = dy_halo
@@ -603,8 +603,8 @@ cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, f
     """x: as the batch norm before read it if scale is given, else as the convolution reads it."""
     cdef Bands[floating] a
     a.x_shape, a.y_shape = shape_of(x, images), shape_of(y, images)
-    a.tasks = y.shape[0] * ((y.shape[2] + p.rows - 1) // p.rows)
-    a.rows, a.stride, a.reach, a.relu = p.rows, p.stride, p.reach, relu
+    a.tasks = y.shape[0] * ((y.shape[2] + p.run - 1) // p.run)
+    a.run, a.rows, a.stride, a.reach, a.relu = p.run, p.rows, p.stride, p.reach, relu
     a.padding[0], a.padding[1] = p.padding[0], p.padding[1]
     a.x_channel, a.x_row, a.x_size = p.x_channel, p.x_row, p.x_size
     a.raw, a.add, a.y, a.keep = view(x), maybe(add), view(y), nothing(<floating>0)
@@ -634,8 +634,8 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
     """
     cdef:
         Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)  # OUT y
-        long cuts = (y.shape[2] + plan.rows - 1) // plan.rows, n = y.shape[0] * cuts, i, c, channels = y.shape[1]
-        int threads = team(n, plan.forward.work * n / 8)
+        long cuts = (y.shape[2] + plan.run - 1) // plan.run, n = y.shape[0] * cuts, i, c, channels = y.shape[1]
+        int threads = team(n, plan.forward.work * n * plan.run / plan.rows / 8)
         long each = plan.x_size + plan.tile_size
         floating[::1] scratch = borrow(each * threads, <floating>0)
         floating *s = &scratch[0]
@@ -667,7 +667,7 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         total = m = squares = 0
         for i in range(n):
             v = a.moments + (i * channels + c) * 3
-            count = min(16, images - i // cuts * 16) * min(plan.rows, y.shape[2] - i % cuts * plan.rows) * y.shape[3]
+            count = min(16, images - i // cuts * 16) * min(plan.run, y.shape[2] - i % cuts * plan.run) * y.shape[3]
             here = v[0] + v[1] / count
             squares += v[2] - v[1] * v[1] / count + (here - m) * (here - m) * total * count / (total + count)
             m += (here - m) * count / (total + count)

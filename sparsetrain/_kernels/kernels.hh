@@ -64,17 +64,17 @@ template <class T> struct BatchNorm {
 enum { MAX_PHASES = 16 };  // of the input gradient of a band: strides up to 4x4
 
 // A convolution whose input may be a batch norm's output that was never written, raw scale + shift (+ add, relu), and
-// whose output goes to a batch norm. It runs a band of `rows` output rows of one image block at a time.
+// whose output goes to a batch norm. A task is a run of output rows of one image block, a band of `rows` at a time.
 template <class T> struct Bands {
     Shape x_shape, y_shape;
-    long tasks, rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
+    long tasks, run, rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
     View<T> raw, add, keep, formed, y;     // null data: there is none. formed: x as it lies in memory; keep: to be written
     const T *scale, *shift, *x_mean;
     bool relu;
     long x_channel, x_row, x_size;  // of the scratch that x is formed in
     Product<T> forward;
     int forward_axis;  // which axis of the tiles the pixel rows are
-    double *moments;   // or null: 3 a band and channel
+    double *moments;   // or null: 3 a task and channel
 
     // Backward: g is the gradient of the batch norm of y, zero where its ReLU is closed.
     View<T> g, dx;
@@ -108,9 +108,9 @@ template <class T> struct Kernels {
     void (*pack_values)(long begin, long end, long entries, long rows, long n_rows, long row_step,
                         const int32_t *source, const T *weights, T *values);
 
-    // One task is one band; moments[task][channel]: a value, and the sums of deviations from it and of their squares
+    // moments[task][channel]: a value, and the sums of deviations from it and of their squares
     void (*conv_band)(const Bands<T> *, long task, T *scratch);
-    // One part is a run of bands: its dvalues, its rows of dx, sums[part][channel] of dx and dx (x - mean)
+    // One part is some of the tasks: its dvalues, its rows of dx, sums[part][channel] of dx and dx (x - mean)
     void (*conv_band_backward)(const Bands<T> *, long part, T *scratch);
     // Masks dx and makes its sums as conv_band_backward does; one part is a run of image blocks
     void (*norm_gradient_sums)(const Bands<T> *, long part);

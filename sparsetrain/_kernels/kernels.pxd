@@ -48,7 +48,7 @@ cdef extern from "dispatch.hh" nogil:
         long n_values, parts
     cppclass Bands[T]:
         Shape x_shape, y_shape
-        long tasks, rows, stride, reach
+        long tasks, run, rows, stride, reach
         long padding[2]
         View[T] raw, add, keep, formed, y
         const T *scale
