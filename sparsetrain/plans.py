@@ -360,7 +360,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
 
 # ---- bands of a convolution between batch norms
 
-BAND_BYTES = int(__import__("os").environ.get("BB","200")) << 10  # of what is formed for a band, so that it stays in L2
+BAND_BYTES = 200 << 10  # of what is formed for a band: with what is fetched for the next it stays in L2
 
 
 @dataclass(frozen=True)
