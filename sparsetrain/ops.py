@@ -23,16 +23,6 @@ def _planned(weight, kind, geometry, build, *blocked):
     return plan
 
 
-def _values(weight, step):
-    """The values of the weight in the order that a Pass wants them."""
-    data = weight.data.reshape(-1)
-    if step.source is None:
-        return data
-    values = np.empty(step.n_values, data.dtype)
-    core.pack_values(data, step.source, step.rows_at_once, step.n_rows, step.row_step, values)
-    return values
-
-
 def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     """y = W * x + b.
 
@@ -45,7 +35,7 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     oh, ow = geometry.output(kernel, height, width)
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.ndim)
     step = _planned(weight, "forward", geometry, plans.forward, x, y)
-    core.spmm(step.plan, x.array, _values(weight, step), None if bias is None else bias.data, y.array)
+    core.spmm(step.plan, x.array, step.values(weight.data.reshape(-1)), None if bias is None else bias.data, y.array)
     return y
 
 
@@ -66,7 +56,7 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     dy = dy.with_halo(geometry.grad_halo(kernel))
     dx = x.like(halo) if into is None else into
     for step in _planned(weight, "input", geometry, plans.input_gradient, dy, dx):
-        core.spmm(step.plan, dy.array, _values(weight, step), None, dx.array, into is not None)
+        core.spmm(step.plan, dy.array, step.values(weight.data.reshape(-1)), None, dx.array, into is not None)
     return dx
 
 
@@ -103,7 +93,7 @@ def conv2d_bands(x, weight, geometry, moments):
         keep = x.like(tuple(map(max, x.keep, geometry.padding)))
         forming["keep"] = keep.array
     mean, var = moments or (None, None)
-    core.conv_bands(plan, x.n, source.array, _values(weight, step), None, y.array, mean, var, **forming)
+    core.conv_bands(plan, x.n, source.array, step.values(weight.data.reshape(-1)), None, y.array, mean, var, **forming)
     if keep is not None:
         x.formed = keep
     return y
@@ -131,7 +121,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
         forming["x_mean"] = x.norm.mean
     sums = core.conv_bands_backward(
         plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, mean_g, slope, grad.reshape(-1), accumulate,
-        None if dx is None else dx.array, [_values(weight, step) for step in steps], into is not None, **forming,
+        None if dx is None else dx.array, [step.values(weight.data.reshape(-1)) for step in steps], into is not None, **forming,
     )  # fmt: skip
     return dx if sums is None else NormedGradient(dx, sums)
 
