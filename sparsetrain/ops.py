@@ -48,9 +48,12 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     x = x.with_halo(geometry.padding)
     if bias is not None:
         core.bias_grad(dy.array, *bias.gradient())
-    plan = _planned(weight, "weight", geometry, plans.weight_gradient, x, dy)
     grad, accumulate = weight.gradient()
-    core.sddmm(plan, x.array, dy.array, grad.reshape(-1), accumulate)
+    if len(weight.shape) == 2 and weight.structure.dense:
+        core.linear_gradient(x.array, dy.array, grad, accumulate)
+    else:
+        plan = _planned(weight, "weight", geometry, plans.weight_gradient, x, dy)
+        core.sddmm(plan, x.array, dy.array, grad.reshape(-1), accumulate)
     if halo is None:
         return None
     dy = dy.with_halo(geometry.grad_halo(kernel))
