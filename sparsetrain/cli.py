@@ -16,6 +16,7 @@ from sparsetrain import checks, data, optim
 from sparsetrain._kernels import threads
 from sparsetrain.bench import command as bench
 from sparsetrain.bench.machine import caches
+from sparsetrain.files import replacing
 from sparsetrain.nn import models
 from sparsetrain.train import (
     Checkpoint,
@@ -26,7 +27,6 @@ from sparsetrain.train import (
     TrainingDiverged,
     report,
 )
-from sparsetrain.train.files import replacing
 
 MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
 METHODS = ("magnitude", "random")

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from sparsetrain import arrays, plans
+from sparsetrain import arrays, choices, plans
 from sparsetrain._kernels import core
 from sparsetrain.normed import Normed, NormedGradient
 
@@ -16,7 +16,7 @@ from sparsetrain.normed import Normed, NormedGradient
 def _planned(weight, kind, geometry, build, *blocked):
     """The plan of this kind for arrays of these strides, made once for the weight's structure."""
     layout = tuple((b.array.shape, b.array.strides) for b in blocked)
-    key = (kind, geometry, layout, core.get_isa())
+    key = (kind, geometry, layout, core.get_isa(), choices.edition())
     plan = weight.structure.plans.get(key)
     if plan is None:
         plan = weight.structure.plans[key] = build(weight.structure, geometry, *blocked)
