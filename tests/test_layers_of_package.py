@@ -9,7 +9,7 @@ import sparsetrain
 
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
-    *("_kernels", "checks", "files", "rng", "arrays", "record", "normed", "sparse", "choices", "plans"),
+    *("_kernels", "version", "checks", "files", "rng", "arrays", "record", "normed", "sparse", "choices", "plans"),
     *("ops", "nn", "optim", "sparsity"),
     *("backprop", "data", "train", "bench", "profile", "__init__", "named", "profile_command", "cli", "__main__"),
 ]
