@@ -41,9 +41,9 @@ class Row:
     it is formed of; values and 4-byte indices of stored weights (none if dense), and their gradients. What has one
     number a channel is left out. None if unknown: a layer that is not of this package.
     least_seconds: what the roofline allows for them, and level, the memory that holds the bytes; None without bytes.
-    kernel: "", "sparse" or "dense", with "bands" before it where the pass runs band by band. plans: a dict for
-    each plan of it, of what `profile` says. bands: {"run", "rows", "parts", "tasks"}, output rows of a task and of a
-    band. fused: what else the pass does, in words.
+    kernel: "", "sparse", or "dense, N at once" for so many output channels, with "bands" before it where the pass runs
+    band by band. plans: of each product, and each phase of a strided one, as _described(). bands: {"run", "rows",
+    "tasks"}, output rows of a task and of a band. fused: what else the pass does, in words.
     """
 
     layer: str
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """What profile() returns; str() is a table. about: what it was measured on; seconds: of a step without optimiser."""
+    """What profile() returns; str() is a table. about: what it was measured on; seconds: of a step, no optimiser."""
 
     about: dict
     rows: list
@@ -100,7 +100,7 @@ class Profile:
         least = sum(row.least_seconds or 0.0 for row in self.rows) / self.seconds
         sums = f"{operations / self.seconds / 1e9:.1f}", f"{size / 1e6:.2f}", f"{least:.0%}"
         lines.append(("sum", "", ms(self.seconds), *sums, *blank[3:]))
-        return table(head, lines, rule_before_last=True, left=(0, 1, 6, 7, 9))
+        return table(head, lines, rule_before_last=True, left=(0, 1, 6, 7, 8, 9))
 
     def __str__(self):
         about, ran = self.about, self.about["ran_with"]
@@ -166,7 +166,7 @@ def profile(model, x, labels=None, repeats=10, unfused=False):
         during, restless, repetitions = load.Load(), 0, []
         gathered = _Gathered(model)
         for _ in range(repeats):
-            _step(model, x, labels)  # warm: the settling below empties no caches, but the machine's threads sleep
+            _step(model, x, labels)
             restless += not machine.settle(limits)
             gathered.begin()
             with record(gathered.run), watch(gathered.layer):
@@ -233,7 +233,7 @@ class _as_it_was:
 class _Pass:
     """A layer's pass over all repetitions: seconds of each, the rest of the last."""
 
-    type: str
+    module: object
     seconds: list
     operations: int = 0
     bytes: int | None = None
@@ -248,7 +248,6 @@ class _Gathered:
 
     def __init__(self, model):
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.types = {name: type(module).__name__ for name, module in model.named_modules()}
         self.also, self.norms = run_with(model)
         self.normed = weakref.WeakKeyDictionary()  # Normed: its batch norm
         self.passes, self.order = {}, []
@@ -294,10 +293,7 @@ class _Gathered:
         if not products:
             ours = type(module).__module__.startswith("sparsetrain.")
             found = self._add(module, phase, seconds(start, end), sum(others) if others or ours else None)
-            if not found.fused and phase == "forward" and id(module) in self.also and isinstance(y, Normed):
-                found.fused.append(f"{' + '.join(self.also[id(module)])}, formed where it is read")
-            elif not found.fused and phase == "forward" and id(module) in self.also:
-                found.fused.append(" + ".join(self.also[id(module)]))
+            found.fused = self.also.get(id(module), []).copy()
             return
         rest = seconds(start, end) - sum(seconds(p["start"], p["end"]) for p in products)
         for number, product in enumerate(products):
@@ -312,7 +308,7 @@ class _Gathered:
     def _add(self, module, part, seconds, size):
         key = self.names[id(module)], part
         if key not in self.passes:
-            self.passes[key] = _Pass(self.types[key[0]], [0.0] * (self.repetition + 1))
+            self.passes[key] = _Pass(module, [0.0] * (self.repetition + 1))
         found = self.passes[key]
         found.seconds[-1] += seconds
         if size is not None:
@@ -325,7 +321,7 @@ class _Gathered:
     def _fused(self, conv, product):
         words = []
         if product["kind"] == "backward":
-            words.append(f"forms gradient of {self.names[id(self.norms[id(conv)])]}")
+            words.append(f"gradient of {self.names[id(self.norms[id(conv)])]}")
         if product["forms"]:
             words.append(f"forms {'and keeps ' if product['kept'] else ''}{self._with(product['norm'])}")
         if product["sums"]:
@@ -335,30 +331,18 @@ class _Gathered:
 
     def rows(self, limits):
         """All rows, by layer in the order of named_modules(), forward first."""
-        places = {name: i for i, name in enumerate(self.types)}
+        places = {name: i for i, name in enumerate(self.names.values())}
         rows = []
-        for (name, part), p in sorted(
-            self.passes.items(), key=lambda item: (places[item[0][0]], PASSES.index(item[0][1]))
-        ):
+        for name, part in sorted(self.passes, key=lambda key: (places[key[0]], PASSES.index(key[1]))):
+            p = self.passes[name, part]
             least = level = None
             if p.bytes:
                 least, level = analysis.least_seconds(limits, p.operations, p.bytes)
-            rows.append(
-                Row(
-                    name,
-                    p.type,
-                    part,
-                    statistics.median(p.seconds),
-                    p.operations,
-                    p.bytes,
-                    least,
-                    level,
-                    p.kernel,
-                    p.plans,
-                    p.bands,
-                    "; ".join(p.fused),
-                )  # fmt: skip
-            )
+            if p.bytes == 0 and p.fused and not p.plans:
+                p.fused.append("runs in the convolutions around it")
+            median, kind, fused = statistics.median(p.seconds), type(p.module).__name__, "; ".join(p.fused)
+            counts = p.operations, p.bytes, least, level
+            rows.append(Row(name, kind, part, median, *counts, p.kernel, p.plans, p.bands, fused))
         return rows
 
 
@@ -374,46 +358,47 @@ def _work(run):
     bands, plans = None, [(run.kind, plan) for plan in run.plans]
     if isinstance(run.plans[0], core.BandPlan):
         (plan,) = run.plans
-        tasks = -(-n // IMAGES) * -(-height // plan.run)
-        bands = {"run": plan.run, "rows": plan.rows, "parts": plan.parts, "tasks": tasks}
+        tasks = -(-n // IMAGES) * -(-height // plan.run) if plan.forward else plan.parts
+        bands = {"run": plan.run, "rows": plan.rows, "tasks": tasks}
         plans = [("forward", plan.forward)] if plan.forward else [("weight gradient", plan.gradient)]
         plans += [("input gradient", step) for step in plan.input]
     at_once = max(plan.rows_at_once for _, plan in plans)
-    kernel = f"{'bands ' if bands else ''}{f'dense, {at_once} at once' if at_once > 1 else 'sparse'}"
     return {
         "operations": operations,
         "bytes": size,
-        "kernel": kernel,
+        "kernel": f"{'bands ' if bands else ''}{f'dense, {at_once} at once' if at_once > 1 else 'sparse'}",
         "bands": bands,
-        "plans": [{"product": product, **_described(plan)} for product, plan in plans],
+        "plans": [_described(product, plan) for product, plan in plans],
     }
 
 
-def _described(plan):
-    """What a core.Plan says: rows of the weight at once, which axes a tile's are (0 block of images, 1 row, 2 column)
-    and its positions on them, input channels a group, chunks of rows, parts of a weight gradient, tasks."""
+def _described(product, plan):
+    """What a core.Plan says: output channels at once, which axes a tile's are (0 block of images, 1 row, 2 column) and
+    its positions on them, input channels a group, chunks of rows of the weight, parts of a weight gradient, tasks."""
+    tasks = plan.n_chunks * plan.parts if product == "weight gradient" else plan.n_tasks
     return {
+        "product": product,
         "rows_at_once": plan.rows_at_once,
         "order": list(plan.order),
         "tile": list(plan.tile),
         "group": plan.group,
         "chunks": plan.n_chunks,
         "parts": plan.parts,
-        "tasks": plan.n_tasks,
+        "tasks": tasks,
     }
 
 
 def _how(row):
-    """The cells for tile and tasks."""
+    """The cells for tile and tasks: of the first plan, and how many others there are."""
     if not row.plans:
         return "-", "-"
-    tiles = []
-    for plan in row.plans:
-        (a, r), (b, w) = (("nhw"[axis], size) for axis, size in list(zip(plan["order"], plan["tile"], strict=True))[1:])
-        text = f"{r}{a} {w}{b} {plan['group']}c"
-        if text not in tiles:
-            tiles.append(text)
-    tile = " | ".join(tiles)
+    plan = row.plans[0]
+    tile = " ".join(f"{n}{'nhw'[axis]}" for axis, n in list(zip(plan["order"], plan["tile"], strict=True))[1:])
+    tile += f" {plan['group']}c"
+    others = {(*p["order"], *p["tile"], p["group"]) for p in row.plans}
+    if len(others) > 1:
+        tile += f" +{len(others) - 1}"
     if row.bands:
-        return f"{row.bands['rows']} of {row.bands['run']} rows: {tile}", str(row.bands["tasks"])
-    return tile, " | ".join(dict.fromkeys(str(plan["tasks"]) for plan in row.plans))
+        return f"{tile}, {row.bands['rows']} of {row.bands['run']} rows", str(row.bands["tasks"])
+    cuts = [f"{plan[name]} {name}" for name in ("chunks", "parts") if plan[name] > 1]
+    return tile, str(plan["tasks"]) + (f" ({', '.join(cuts)})" if cuts else "")

@@ -61,7 +61,7 @@ def observe(model, callback):
 
 @contextmanager
 def watch(callback):
-    """As observe(), for the leaf layers of any model: callback(module, phase, start, end, y), of time.perf_counter()."""
+    """As observe(), for the leaf layers of any model: callback(module, phase, start, end, y), in perf_counter()."""
     global _observer
     before, _observer = _observer, callback
     try:
