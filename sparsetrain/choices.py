@@ -124,18 +124,14 @@ _LENGTHS = {"extent": 3, "taps": 2, "x_pixels": 2, "order": 3, "tile": 3}
 
 def _numbers(name, found, wanted):
     """The values of a dict with the wanted names, whole numbers or lists of them, as a tuple."""
-    if not isinstance(found, dict) or list(found) != list(wanted):
+    if not isinstance(found, dict) or found.keys() != set(wanted):
         got = ", ".join(found) if isinstance(found, dict) else repr(found)
         raise ValueError(f"{name} has {got}, must have {', '.join(wanted)}")
     values = []
-    for key, value in found.items():
-        each = value if key in _LENGTHS else [value]
-        if (
-            not isinstance(each, list)
-            or len(each) != _LENGTHS.get(key, 1)
-            or any(type(v) is not int or v < 0 for v in each)
-        ):
-            many = f"{_LENGTHS[key]} whole numbers" if key in _LENGTHS else "a whole number"
-            raise ValueError(f"{key} is {value!r}, must be {many}")
+    for key in wanted:
+        value, length = found[key], _LENGTHS.get(key)
+        each = value if length else [value]
+        if not isinstance(each, list) or len(each) != (length or 1) or any(type(v) is not int or v < 0 for v in each):
+            raise ValueError(f"{key} is {value!r}, must be {f'{length} whole numbers' if length else 'a whole number'}")
         values.append(_plain(value))
     return tuple(values)
