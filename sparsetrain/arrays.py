@@ -1,15 +1,13 @@
 """Blocked arrays: 16 images side by side in the last axis, so that the batch is the vector."""
 
-import mmap
 import sys
 
 import numpy as np
 
-from sparsetrain._kernels import core
+from sparsetrain._kernels import core, memory
 
 IMAGES = 16  # images of a block: one AVX-512 register of float32, two of AVX2, four of NEON
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
-_HUGE = 1 << 21  # bytes of a huge page
 
 # Arrays that nobody uses, by geometry: their halos are still zero. Training asks for the same
 # geometries in every step, so that nothing is allocated after the first.
@@ -83,7 +81,7 @@ def _allocate(blocks, channels, height, width, dtype, halo):
     # of 4096 bytes share one set of the L1 cache and made a 56x56 convolution 2x slower.
     channel = ((height + 2 * halo[0]) * row // IMAGES | 1) * IMAGES
     block = (channels * channel // IMAGES | 1) * IMAGES
-    raw = _zeros(blocks * block * dtype.itemsize)
+    raw = memory.zeros(blocks * block * dtype.itemsize)
     return np.ndarray(
         (blocks, channels, height, width, IMAGES),
         dtype,
@@ -91,18 +89,6 @@ def _allocate(blocks, channels, height, width, dtype, halo):
         (halo[0] * row + halo[1] * IMAGES) * dtype.itemsize,
         tuple(dtype.itemsize * s for s in (block, channel, row, IMAGES, 1)),
     )
-
-
-def _zeros(size):
-    """`size` zero bytes at a 64-byte boundary; large ones in huge pages where the system gives them."""
-    if size < _HUGE:
-        raw = np.zeros(size + 64, np.uint8)
-        return raw[-raw.ctypes.data % 64 :][:size]
-    memory = mmap.mmap(-1, size + _HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    raw = np.frombuffer(memory, np.uint8)
-    return raw[-raw.ctypes.data % _HUGE :][:size]
 
 
 def release():

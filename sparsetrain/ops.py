@@ -25,16 +25,6 @@ def _planned(weight, kind, geometry, build, *blocked):
     return plan
 
 
-def _values(weight, step):
-    """The values of the weight in the order that a Pass wants them."""
-    data = weight.data.reshape(-1)
-    if step.source is None:
-        return data
-    values = np.empty(step.n_values, data.dtype)
-    core.pack_values(data, step.source, step.rows_at_once, step.n_rows, step.row_step, values)
-    return values
-
-
 def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     """y = W * x + b.
 
@@ -48,7 +38,7 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.ndim)
     start = time.perf_counter()
     step = _planned(weight, "forward", geometry, plans.forward, x, y)
-    core.spmm(step.plan, x.array, _values(weight, step), None if bias is None else bias.data, y.array)
+    core.spmm(step.plan, x.array, step.values(weight.data.reshape(-1)), None if bias is None else bias.data, y.array)
     tell("forward", start, [x], [y], weight=weight, output=y, plans=(step.plan,))
     return y
 
@@ -74,7 +64,7 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     dx = x.like(halo) if into is None else into
     steps = _planned(weight, "input", geometry, plans.input_gradient, dy, dx)
     for step in steps:
-        core.spmm(step.plan, dy.array, _values(weight, step), None, dx.array, into is not None)
+        core.spmm(step.plan, dy.array, step.values(weight.data.reshape(-1)), None, dx.array, into is not None)
     used = tuple(step.plan for step in steps)
     tell("input gradient", start, [dy, into], [dx], weight=weight, output=dy, plans=used)
     return dx
@@ -114,7 +104,7 @@ def conv2d_bands(x, weight, geometry, moments):
         keep = x.like(tuple(map(max, x.keep, geometry.padding)))
         forming["keep"] = keep.array
     mean, var = moments or (None, None)
-    core.conv_bands(plan, x.n, source.array, _values(weight, step), None, y.array, mean, var, **forming)
+    core.conv_bands(plan, x.n, source.array, step.values(weight.data.reshape(-1)), None, y.array, mean, var, **forming)
     if keep is not None:
         x.formed = keep
     tell(
@@ -147,7 +137,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
         forming["x_mean"] = x.norm.mean
     sums = core.conv_bands_backward(
         plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, mean_g, slope, grad.reshape(-1), accumulate,
-        None if dx is None else dx.array, [_values(weight, step) for step in steps], into is not None, **forming,
+        None if dx is None else dx.array, [step.values(weight.data.reshape(-1)) for step in steps], into is not None, **forming,
     )  # fmt: skip
     normed = x if isinstance(x, Normed) else None
     raw = [] if formed and sums is None else [source, x.add]

@@ -240,7 +240,7 @@ def _plan(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
     """One product: its plan, and where the values come from if not the parameter's own, in their order.
 
@@ -253,9 +253,17 @@ class Pass:
     n_rows: int = 1
     row_step: int = 0
 
-    @property
-    def n_values(self):
-        return len(self.source) * self.rows_at_once * -(-self.n_rows // self.rows_at_once)
+    _packed: np.ndarray | None = None  # kept from call to call, so that nothing is allocated
+
+    def values(self, data):
+        """The parameter's flat values in the order of the plan; the next call writes over them."""
+        if self.source is None:
+            return data
+        if self._packed is None or self._packed.dtype != data.dtype:
+            blocks = -(-self.n_rows // self.rows_at_once)
+            self._packed = np.empty(len(self.source) * self.rows_at_once * blocks, data.dtype)
+        core.pack_values(data, self.source, self.rows_at_once, self.n_rows, self.row_step, self._packed)
+        return self._packed
 
 
 def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, dense_step, tasks):
@@ -423,9 +431,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
 
 # ---- bands of a convolution between batch norms
 
-BAND_BYTES = (
-    int(__import__("os").environ.get("BB", "200")) << 10
-)  # of what is formed for a band, so that it stays in L2
+BAND_BYTES = 200 << 10  # of what is formed for a band: with what is fetched for the next it stays in L2
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from cython cimport floating
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
+from sparsetrain._kernels import memory
 from sparsetrain._kernels import threads as _threads
 
 from sparsetrain._kernels cimport kernels
@@ -464,18 +465,32 @@ cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :,
     return a
 
 
-# Buffers for the unfinished sums of tiles and for partial gradients, kept for the next call.
-_scratch = []
+cdef class Buffer:
+    """Aligned memory."""
+    cdef:
+        object raw
+        char *data
+
+    def __init__(self, long size):
+        cdef char[::1] raw = memory.zeros(size).view(np.int8)
+        self.raw, self.data = raw, &raw[0]
 
 
-cdef floating[::1] borrow(long n, floating example):
-    """At least n elements, aligned to 64 bytes."""
-    cdef long wanted = n * sizeof(floating) + 64
-    raw = _scratch.pop() if _scratch else np.empty(0, np.uint8)
-    if raw.size < wanted:
-        raw = np.empty(wanted, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start:start + n * sizeof(floating)].view(np.float32 if floating is float else np.float64)
+# By what they are for; kept for the next call, and taken out while in use, since another thread may call.
+_buffers = {}
+
+
+cdef Buffer borrow(str purpose, long size):
+    """At least `size` bytes. give_back() them."""
+    cdef Buffer buffer = _buffers.pop(purpose, None)
+    if buffer is None or len(buffer.raw) < size:
+        buffer = Buffer(size + 1)
+    return buffer
+
+
+cdef int give_back(str purpose, Buffer buffer) except -1:
+    _buffers[purpose] = buffer
+    return 0
 
 
 def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
@@ -491,8 +506,8 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         # Neighbouring tiles share rows of x: a thread takes a run of them.
         long run = max(1, n // (8 * threads))
         long each = (plan.rows + plan.rows_at_once) * plan._tile[1] * plan._tile[2] * 16
-        floating[::1] scratch = borrow(each * threads, <floating>0)
-        floating *s = &scratch[0]
+        Buffer scratch = borrow("scratch", each * threads * sizeof(floating))
+        floating *s = <floating *>scratch.data
     same_length("values", values.shape[0], plan.n_values)
     if bias is not None:
         same_length("bias", bias.shape[0], plan.rows)
@@ -501,7 +516,7 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
     a.accumulate = accumulate
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.spmm(&a, i, s + each * threadid())
-    _scratch.append(scratch.base.base)
+    give_back("scratch", scratch)
 
 
 def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[::1] grad, bint accumulate):
@@ -511,7 +526,7 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
         long tasks = plan.n_chunks * plan.parts, n = plan.n_values, i, c
         int threads = team(tasks, plan.work / 8)
         bint direct = plan.parts == 1 and not accumulate
-        floating[::1] parts
+        Buffer parts
         floating *p
         floating *g
         long chunks
@@ -520,8 +535,8 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
         return
     g = &grad[0]  # OUT
     if not direct:
-        parts = borrow(n * plan.parts, <floating>0)
-    p = g if direct else &parts[0]
+        parts = borrow("parts", n * plan.parts * sizeof(floating))
+    p = g if direct else <floating *>parts.data
     a.dvalues = p
     for i in prange(tasks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.sddmm(&a, i)
@@ -530,7 +545,7 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
         chunks = chunks_of(n, threads)
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, a.parts, p, g, accumulate)
-        _scratch.append(parts.base.base)
+        give_back("parts", parts)
 
 
 def pack_values(const floating[::1] weights, const int32_t[::1] source, long rows, long n_rows, long row_step,
@@ -639,8 +654,8 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         long cuts = (y.shape[2] + plan.run - 1) // plan.run, n = y.shape[0] * cuts, i, c, channels = y.shape[1]
         int threads = team(n, plan.forward.work * n * plan.run / plan.rows / 8)
         long each = plan.x_size + plan.tile_size
-        floating[::1] scratch = borrow(each * threads, <floating>0)
-        floating *s = &scratch[0]
+        Buffer scratch = borrow("scratch", each * threads * sizeof(floating))
+        floating *s = <floating *>scratch.data
         double[::1] moments
         double count, total, m, squares, here
         double *v
@@ -662,7 +677,7 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         a.moments = &moments[0]
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band(&a, i, s + each * threadid())
-    _scratch.append(scratch.base.base)
+    give_back("scratch", scratch)
     if mean is None:
         return
     for c in range(channels):  # Chan, Golub & LeVeque's way to join the bands, in their order
@@ -693,10 +708,10 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)
         long parts = plan.parts, n = plan.gradient.n_values, i, c, chunks, each
         int threads = team(parts, plan.gradient.work * parts)
-        floating[::1] partial = borrow(n * parts + 1, <floating>0), scratch
+        Buffer partial = borrow("parts", n * parts * sizeof(floating)), scratch
         const floating[::1] v
         floating *s
-        floating *p = &partial[0]
+        floating *p = <floating *>partial.data
         floating *gp
         double[:, :, ::1] sums
         Plan step
@@ -728,8 +743,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
             sums = np.empty((parts, x.shape[1], 2))
             a.sums, a.x_mean = &sums[0, 0, 0], &x_mean[0]
     each = plan.x_size + plan.dy_size + plan.tile_size
-    scratch = borrow(each * threads, <floating>0)
-    s = &scratch[0]
+    scratch = borrow("scratch", each * threads * sizeof(floating))
+    s = <floating *>scratch.data
     for i in prange(parts, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band_backward(&a, i, s + each * threadid())
     if n:
@@ -738,8 +753,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         chunks = chunks_of(n, threads)
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, p, gp, accumulate)
-    _scratch.append(partial.base.base)
-    _scratch.append(scratch.base.base)
+    give_back("parts", partial)
+    give_back("scratch", scratch)
     if a.sums != NULL:
         return np.asarray(sums).sum(0).T
 

@@ -304,11 +304,21 @@ void add_parts(long begin, long end, long n, long parts, const T *dvalues, T *gr
 template <class T>
 void pack_values(long begin, long end, long entries, long rows, long n_rows, long row_step, const int32_t *source,
                  const T *weights, T *values) {
-    for (long i = begin; i < end; i++) {
-        const long block = i / entries, e = i % entries;
-        for (long r = 0; r < rows; r++) {
-            const long row = block * rows + r;
-            values[i * rows + r] = row < n_rows ? weights[source[e] + row * row_step] : T(0);
+    if (rows == 1 && row_step == 0) {  // a sparse layer: its weights in another order
+        for (long i = begin; i < end; i++) values[i] = weights[source[i]];
+        return;
+    }
+    for (long block = begin / entries, i = begin; i < end; block++) {
+        const long stop = (block + 1) * entries < end ? (block + 1) * entries : end;
+        const long real = n_rows - block * rows < rows ? n_rows - block * rows : rows;
+        const T *first = weights + block * rows * row_step;
+        for (; i < stop; i++) {
+            const T *w = first + source[i - block * entries];
+            if (real == ROWS_AT_ONCE) {
+                UNROLL for (long r = 0; r < ROWS_AT_ONCE; r++) values[i * ROWS_AT_ONCE + r] = w[r * row_step];
+            } else {
+                for (long r = 0; r < rows; r++) values[i * rows + r] = r < real ? w[r * row_step] : T(0);
+            }
         }
     }
 }

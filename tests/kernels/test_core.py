@@ -143,7 +143,7 @@ def passes(case, dtype, sparse, which=("forward", "input", "weight")):
         steps = plans.input_gradient(parameter.structure, geometry, dy, dx)
         for times in (1, 2):  # written, then added
             for step in steps:
-                values = ops._values(parameter, step)
+                values = step.values(parameter.data.reshape(-1))
                 core.spmm(step.plan, dy.array, values, None, dx.array, times == 2)
             np.testing.assert_array_equal(of_gradient(dx), times * expected_dx)
         results.append(dx.array.copy())
@@ -264,11 +264,11 @@ def test_a_plan_is_for_one_layout():
     x, y = arrays.empty(3, 2, 5, 5, np.float32, (1, 1)), arrays.empty(3, 2, 5, 5, np.float32)
     step = plans.forward(weight.structure, plans.Geometry(padding=(1, 1)), x, y)
     with pytest.raises(ValueError, match="strides"):
-        core.spmm(step.plan, y.array, ops._values(weight, step), None, y.array)
+        core.spmm(step.plan, y.array, step.values(weight.data.reshape(-1)), None, y.array)
     with pytest.raises(ValueError, match="values has 1 values, must have"):
         core.spmm(step.plan, x.array, np.zeros(1, np.float32), None, y.array)
     with pytest.raises(ValueError, match="bias has 3 values, must have 2"):
-        core.spmm(step.plan, x.array, ops._values(weight, step), np.zeros(3, np.float32), y.array)
+        core.spmm(step.plan, x.array, step.values(weight.data.reshape(-1)), np.zeros(3, np.float32), y.array)
 
 
 # ---- other layers

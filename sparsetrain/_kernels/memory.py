@@ -1,0 +1,19 @@
+"""Memory as the kernels like it: aligned, and in huge pages where the system gives them."""
+
+import mmap
+
+import numpy as np
+
+HUGE = 1 << 21  # bytes of a huge page
+
+
+def zeros(size):
+    """`size` zero bytes at a 64-byte boundary; from 2 MB on in huge pages where the system gives them."""
+    if size < HUGE:
+        raw = np.zeros(size + 64, np.uint8)
+        return raw[-raw.ctypes.data % 64 :][:size]
+    memory = mmap.mmap(-1, size + HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, np.uint8)
+    return raw[-raw.ctypes.data % HUGE :][:size]
