@@ -33,8 +33,8 @@ class Norm:
 class Normed:
     """relu(norm(x) + add), add and relu optional, in the place of a Blocked.
 
-    Who can form it on the way reads `x`; for everybody else it is a Blocked, written when `array` or with_halo() is first
-    asked for. `keep`: the halo with which who forms it first also writes it, or None.
+    Who can form it on the way reads `x`; for everybody else it is a Blocked, written when `array` or with_halo() is
+    first asked for. `keep`: the halo with which who forms it first also writes it, or None.
     """
 
     def __init__(self, x, norm, add=None, relu=False):
@@ -71,7 +71,7 @@ class Normed:
 
 
 class NormedGradient(arrays.Blocked):
-    """The gradient of a Normed: zero where its ReLU is closed, with its sums, and those times x - mean (2, channels)."""
+    """The gradient of a Normed, zero where its ReLU is closed; its sums, and those times x - mean (2, channels)."""
 
     __slots__ = ("sums",)
 

@@ -115,9 +115,10 @@ def conv2d_bands(x, weight, geometry, moments):
 
 
 def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=None):
-    """dx of conv2d_bands(), added to the Blocked `into` if given; adds the gradient of weight too. No dx if halo is None.
+    """dx of conv2d_bands(), added to the Blocked `into` if given; adds the gradient of weight too.
 
-    norm: the Norm of y; dy: the NormedGradient of its output. The dx of a Normed is a NormedGradient.
+    No dx if halo is None. norm: the Norm of y; dy: the NormedGradient of its output. The dx of a Normed is a
+    NormedGradient.
     """
     start = time.perf_counter()
     source, forming = _band_arguments(x, geometry)
@@ -128,16 +129,17 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     if dx is None:
         build = partial(build, dx=None)
     plan, steps = _planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
-    values, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
+    pixels, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
     mean_g, slope = np.zeros((2, weight.shape[0]), dtype)
     if norm.training:
-        mean_g[:], slope[:] = dy.sums[0] / values, dy.sums[1] / values * norm.inverse**2
+        mean_g[:], slope[:] = dy.sums[0] / pixels, dy.sums[1] / pixels * norm.inverse**2
     grad, accumulate = weight.gradient()
     if isinstance(x, Normed):
         forming["x_mean"] = x.norm.mean
+    values = [step.values(weight.data.reshape(-1)) for step in steps]
     sums = core.conv_bands_backward(
         plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, mean_g, slope, grad.reshape(-1), accumulate,
-        None if dx is None else dx.array, [step.values(weight.data.reshape(-1)) for step in steps], into is not None, **forming,
+        None if dx is None else dx.array, values, into is not None, **forming,
     )  # fmt: skip
     normed = x if isinstance(x, Normed) else None
     raw = [] if formed and sums is None else [source, x.add]

@@ -509,8 +509,8 @@ def forward_bands(structure, geometry, x, y, formed):
     band = Layout.of((1, out, rows, width), strides(y), y.array.dtype)
     step = forward(structure, geometry, source, band, tasks=1)
     plan = core.BandPlan(
-        run=run, rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0], forward=step.plan,
-        gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
+        run=run, rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0],
+        forward=step.plan, gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
     )  # fmt: skip
     return plan, step
 
