@@ -11,8 +11,8 @@ class ConvNorm:
     """A Conv2d without bias and its BatchNorm2d, with the residual add and the ReLU after them.
 
     The norm's output is not written but formed, band by band, by the convolution that reads it, which also takes the
-    sums that the norm before and the norm after need while its bands are in cache. Where bands do not pay the two layers
-    run one by one.
+    sums that the norm before and the norm after need while its bands are in cache. Where bands do not pay the two
+    layers run one by one.
     """
 
     fuses_into = fuses_relu = True
