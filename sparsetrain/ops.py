@@ -53,10 +53,14 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     start = time.perf_counter()
     if bias is not None:
         core.bias_grad(dy.array, *bias.gradient())
-    plan = _planned(weight, "weight", geometry, plans.weight_gradient, x, dy)
     grad, accumulate = weight.gradient()
-    core.sddmm(plan, x.array, dy.array, grad.reshape(-1), accumulate)
-    tell("weight gradient", start, [x, dy], [], weight=weight, output=dy, plans=(plan,))
+    used = ()
+    if len(weight.shape) == 2 and weight.structure.dense:
+        core.linear_gradient(x.array, dy.array, grad, accumulate)
+    else:
+        used = (_planned(weight, "weight", geometry, plans.weight_gradient, x, dy),)
+        core.sddmm(*used, x.array, dy.array, grad.reshape(-1), accumulate)
+    tell("weight gradient", start, [x, dy], [], weight=weight, output=dy, plans=used)
     if halo is None:
         return None
     start = time.perf_counter()

@@ -42,7 +42,8 @@ class Row:
     number a channel is left out. None if unknown: a layer that is not of this package.
     least_seconds: what the roofline allows for them, and level, the memory that holds the bytes; None without bytes.
     kernel: "", "sparse", or "dense, N at once" for so many output channels, with "bands" before it where the pass runs
-    band by band. plans: of each product, and each phase of a strided one, as _described(). bands: {"run", "rows",
+    band by band; "dense, features at once" needs no plan. plans: of each product, and each phase of a strided one, as
+    _described(). bands: {"run", "rows",
     "tasks"}, output rows of a task and of a band. fused: what else the pass does, in words.
     """
 
@@ -356,17 +357,18 @@ def _work(run):
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*run.read, *run.written))
     size += (2 if both else 1) * values + (0 if weight.structure.dense else 4 * weight.nnz)
     bands, plans = None, [(run.kind, plan) for plan in run.plans]
-    if isinstance(run.plans[0], core.BandPlan):
+    if run.plans and isinstance(run.plans[0], core.BandPlan):
         (plan,) = run.plans
         tasks = -(-n // IMAGES) * -(-height // plan.run) if plan.forward else plan.parts
         bands = {"run": plan.run, "rows": plan.rows, "tasks": tasks}
         plans = [("forward", plan.forward)] if plan.forward else [("weight gradient", plan.gradient)]
         plans += [("input gradient", step) for step in plan.input]
-    at_once = max(plan.rows_at_once for _, plan in plans)
+    at_once = max((plan.rows_at_once for _, plan in plans), default=0)
+    kind = f"dense, {at_once} at once" if at_once > 1 else "sparse" if plans else "dense, features at once"
     return {
         "operations": operations,
         "bytes": size,
-        "kernel": f"{'bands ' if bands else ''}{f'dense, {at_once} at once' if at_once > 1 else 'sparse'}",
+        "kernel": f"{'bands ' if bands else ''}{kind}",
         "bands": bands,
         "plans": [_described(product, plan) for product, plan in plans],
     }

@@ -13,7 +13,7 @@ class Run:
     """One operation: a product with stored weights, or a pass over blocked arrays.
 
     start, end: time.perf_counter(). read, written: the Blocked or Normed that it passes over. A product also has its
-    weight (a Parameter), its output (or the gradient of that) and its plans: core.Plan, or one core.BandPlan.
+    weight (a Parameter), its output (or the gradient of that) and its plans: core.Plan, one core.BandPlan, or none.
     normed: the Normed that it reads; forms: whether it forms it, and kept: also writes it; sums: whether it takes sums
     that a batch norm needs, forward that of its output, backward that of `normed`.
     """

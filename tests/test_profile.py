@@ -117,6 +117,7 @@ def test_rows_of_a_fused_net():
     banded = rows["3.body.0", "backward"]
     assert banded.kernel.startswith("bands dense") and banded.bands.keys() == {"run", "rows", "tasks"}
     assert [plan["product"] for plan in banded.plans] == ["weight gradient", "input gradient"]
+    assert rows["7", "weight gradient"].kernel == "dense, features at once"
     assert rows["7", "forward"].kernel.startswith("dense, ") and rows["7", "forward"].bands is None
 
 

@@ -548,6 +548,28 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
         give_back("parts", parts)
 
 
+def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[:, ::1] grad, bint accumulate):
+    """grad[row] = (grad[row] if accumulate) + the sum over images of dy[row, image] x[image]: the weight gradient of a dense
+    linear layer. x and dy are 1x1 pixels; padding lanes are 0 in dy."""
+    cdef:
+        View[floating] xv = view(x), gv = view(dy)
+        long blocks = x.shape[0], rows = grad.shape[0], features = grad.shape[1], n = (rows + 23) // 24, c
+        long width = kernels.isas[<int>_ISAS[_isa]].build.features * 4 // sizeof(floating)
+        long groups = (features + width - 1) // width
+        int threads = team(n, <double>blocks * 2 * rows * features)
+        Buffer buffer = borrow("parts", groups * width * blocks * 16 * sizeof(floating))
+        floating *p = <floating *>buffer.data
+        floating *g = &grad[0, 0]  # OUT
+    same_length("features of x", x.shape[1] * x.shape[2] * x.shape[3], features)
+    same_length("features of dy", dy.shape[1] * dy.shape[2] * dy.shape[3], rows)
+    same_length("blocks of dy", dy.shape[0], blocks)
+    for c in prange(groups, nogil=True, num_threads=threads, schedule="static"):
+        kernels.pack_features(c, c + 1, blocks, features, xv, p)
+    for c in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.linear_gradient(24 * c, min(24 * c + 24, rows), blocks, features, p, gv, g, accumulate)
+    give_back("parts", buffer)
+
+
 def pack_values(const floating[::1] weights, const int32_t[::1] source, long rows, long n_rows, long row_step,
                 floating[::1] values):
     """values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows."""

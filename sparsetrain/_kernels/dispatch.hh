@@ -32,6 +32,8 @@ inline void use(const Build *b) { in_use<float> = b->f32, in_use<double> = b->f6
 CALL(spmm)
 CALL(sddmm)
 CALL(add_parts)
+CALL(pack_features)
+CALL(linear_gradient)
 CALL(pack_values)
 CALL(conv_band)
 CALL(conv_band_backward)

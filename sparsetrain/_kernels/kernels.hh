@@ -104,6 +104,11 @@ template <class T> struct Kernels {
     void (*sddmm)(const Product<T> *, long task);
     // grad[i] (+)= sum over parts of dvalues[part * n + i]
     void (*add_parts)(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate);
+    // Features of 1x1 pixels in groups of `features` (see Build), an image's side by side; the groups [begin, end)
+    void (*pack_features)(long begin, long end, long blocks, long features, View<T> x, T *packed);
+    // grad[row] (+)= the sum over images of dy[row, image] x[image], for the rows [begin, end)
+    void (*linear_gradient)(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad,
+                            bool accumulate);
     // values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows
     void (*pack_values)(long begin, long end, long entries, long rows, long n_rows, long row_step,
                         const int32_t *source, const T *weights, T *values);
@@ -157,9 +162,10 @@ template <class T> struct Kernels {
 enum { CHAINED_VALUES = 768 };  // a whole number of register files on every instruction set
 
 // One instruction set's build of every kernel, and how many positions a tile may have in spmm with one
-// row at once, in sddmm, and in spmm with several rows at once.
+// row at once, in sddmm, and in spmm with several rows at once; and the features in a group of pack_features (float32; half in
+// float64).
 struct Build {
-    int max_tile, max_gradient_tile, max_dense_tile;
+    int max_tile, max_gradient_tile, max_dense_tile, features;
     Kernels<float> f32;
     Kernels<double> f64;
 };

@@ -3,7 +3,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 
 cdef extern from "dispatch.hh" nogil:
     ctypedef struct Build:
-        int max_tile, max_gradient_tile, max_dense_tile
+        int max_tile, max_gradient_tile, max_dense_tile, features
     ctypedef struct Isa:
         const char *name
         const Build *build
@@ -90,6 +90,8 @@ cdef extern from "dispatch.hh" nogil:
     void spmm[T](const Product[T] *, long, T *)
     void sddmm[T](const Product[T] *, long)
     void add_parts[T](long, long, long, long, const T *, T *, bint)
+    void pack_features[T](long, long, long, long, View[T], T *)
+    void linear_gradient[T](long, long, long, long, const T *, View[T], T *, bint)
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
     void conv_band[T](const Bands[T] *, long, T *)
     void conv_band_backward[T](const Bands[T] *, long, T *)

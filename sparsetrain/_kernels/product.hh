@@ -189,6 +189,57 @@ void dense_sddmm_tile(const Product<T> &a, const long *size, const T *x, const T
     }
 }
 
+// The same of a dense linear layer, whose one position a block would leave a sum over the lanes for every 8 products of a
+// batch of 128: here the input features are the vector, and pack_features() turns them so, a few registers' width at once.
+// 1024 -> 1024, batch 128: 1.9 ms with dense_sddmm_tile, 0.9 so.
+// 8 x 3 sums in registers, so that the features of 128 images (24 KB) stay in L1: 4 x 6 is slower.
+constexpr int LINEAR_ROWS = REGISTERS == 32 ? 8 : 4, LINEAR_VECTORS = 3;
+template <class T> constexpr long FEATURES = LINEAR_VECTORS * Vec<T>::lanes;
+
+template <class T> void pack_features(long begin, long end, long blocks, long features, View<T> x, T *packed) {
+    for (long group = begin; group < end; group++)
+        for (long b = 0; b < blocks; b++) {
+            T *out = packed + (group * blocks + b) * IMAGES * FEATURES<T>;
+            const long real = features - group * FEATURES<T> < FEATURES<T> ? features - group * FEATURES<T> : FEATURES<T>;
+            for (long f = 0; f < FEATURES<T>; f++) {
+                const T *in = x.data + b * x.block + (group * FEATURES<T> + f) * x.channel;
+                for (long i = 0; i < IMAGES; i++) out[i * FEATURES<T> + f] = f < real ? in[i] : T(0);
+            }
+        }
+}
+
+template <class T>
+void linear_gradient(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad, bool accumulate) {
+    FlushToZero flush;
+    constexpr int L = Vec<T>::lanes, U = LINEAR_ROWS, Q = LINEAR_VECTORS;
+    for (long first = 0; first < features; first += FEATURES<T>, packed += blocks * IMAGES * FEATURES<T>)
+        for (long row = begin; row < end; row += U) {
+            const int rows = end - row < U ? end - row : U;
+            const bool whole = features - first >= FEATURES<T>;
+            V<T> acc[U][Q] = {};
+            const T *x = packed;
+            for (long b = 0; b < blocks; b++) {
+                const T *g[U];  // past the last row: the last one again, its sums are dropped
+                for (int u = 0; u < U; u++) g[u] = dy.data + b * dy.block + (row + (u < rows ? u : rows - 1)) * dy.channel;
+                for (long lane = 0; lane < IMAGES; lane++, x += FEATURES<T>) {
+                    V<T> xv[Q];
+                    UNROLL for (int q = 0; q < Q; q++) xv[q] = load(x + q * L);
+                    UNROLL for (int u = 0; u < U; u++) {
+                        const V<T> gv = splat(g[u][lane]);
+                        UNROLL for (int q = 0; q < Q; q++) acc[u][q] += gv * xv[q];
+                    }
+                }
+            }
+            for (int u = 0; u < rows; u++) {
+                T *out = grad + (row + u) * features + first, part[FEATURES<T>] = {};
+                T *to = whole ? out : part;
+                if (!whole && accumulate) for (long i = 0; i < features - first; i++) part[i] = out[i];
+                UNROLL for (int q = 0; q < Q; q++) store(to + q * L, accumulate ? load(to + q * L) + acc[u][q] : acc[u][q]);
+                if (!whole) for (long i = 0; i < features - first; i++) out[i] = part[i];
+            }
+        }
+}
+
 template <class T> using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *, Ahead<T> &);
 template <class T> using SddmmTile = void (*)(const Product<T> &, const T *, const T *, T *, const Segment *, const Segment *, Ahead<T> &);
 
