@@ -1,4 +1,4 @@
-"""The command line: `sparsetrain train`, `sparsetrain bench` and `sparsetrain info`."""
+"""The command line: `sparsetrain train`, `profile`, `bench` and `info`."""
 
 import argparse
 import importlib.metadata
@@ -12,11 +12,12 @@ from pathlib import Path
 import threadpoolctl
 
 import sparsetrain as st
-from sparsetrain import checks, data, optim
+from sparsetrain import checks, choices, data, named, optim, profile_command
 from sparsetrain._kernels import threads
 from sparsetrain.bench import command as bench
 from sparsetrain.bench.machine import caches
-from sparsetrain.nn import models
+from sparsetrain.files import replacing
+from sparsetrain.named import DISTRIBUTIONS, METHODS, MODELS
 from sparsetrain.train import (
     Checkpoint,
     CSVLog,
@@ -26,11 +27,7 @@ from sparsetrain.train import (
     TrainingDiverged,
     report,
 )
-from sparsetrain.train.files import replacing
 
-MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
-METHODS = ("magnitude", "random")
-DISTRIBUTIONS = ("uniform", "erk", "global")
 OPTIMIZERS = {"sgd": optim.SGD, "adam": optim.Adam, "adamw": optim.AdamW}
 SCHEDULES = ("cosine", "step", "constant")
 
@@ -78,6 +75,11 @@ OPTIONS = {
     "seed": (0, {"type": int}, "seed of the weights, the order of images and augmentation"),
     "threads": (None, {"type": int}, "threads (default: as many as this process may use)"),
     "isa": (None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
+    "plans": (
+        None,
+        {"metavar": "FILE"},
+        "take the planner's choices from this file of sparsetrain profile --save-plans (default: none)",
+    ),
     "data-dir": (
         None,
         {"metavar": "FOLDER"},
@@ -101,7 +103,8 @@ def main(argv=None):
     try:
         given = vars(_parser().parse_args(argv))
         command = given.pop("command")
-        return _train(given) if command == "train" else bench.run(given) if command == "bench" else _info()
+        run = {"train": _train, "profile": profile_command.run, "bench": bench.run, "info": _info}
+        return run[command](given)
     except SystemExit as end:  # --help, --version
         return end.code
     except KeyboardInterrupt:
@@ -123,7 +126,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser("sparsetrain", description="Train neural networks with sparse weights.")
     parser.add_argument("--version", action="version", version=f"sparsetrain {st.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | profile | bench | info")
     train = commands.add_parser(
         "train",
         help="train a model on images",
@@ -137,6 +140,7 @@ def _parser():
         if default is not None and not isinstance(default, bool):
             text += f" (default: {' '.join(default) if isinstance(default, list) else default})"
         train.add_argument(f"--{name}", **settings).help = text
+    profile_command.add_parser(commands)
     bench.add_parser(commands)
     commands.add_parser("info", help="versions, instruction sets, threads, caches, data sets")
     return parser
@@ -148,6 +152,8 @@ def _train(given):
         st.set_num_threads(o.threads)
     if o.isa is not None:
         st.set_isa(o.isa)
+    if o.plans is not None:
+        choices.load(o.plans)
     dataset = data.load(o.data, o.data_dir)
     train, test = _batches(o, dataset)
     nets = {"sparse" if o.sparsity else "dense": (o.sparsity, folder)}
@@ -203,6 +209,8 @@ def _options(given):
         o.weight_decay = 0.01 if o.optimizer == "adamw" else 5e-4
     if o.augment is None:
         o.augment = o.data.startswith("cifar")
+    if o.plans is not None:
+        o.plans = str(Path(o.plans).absolute())  # for --resume from another folder
     if folder is None:
         now = time.strftime("%Y%m%d-%H%M%S")
         folder = Path(o.out or f"runs/{o.data}-{o.model}-{now}")
@@ -255,30 +263,14 @@ def _trainer(o, dataset, steps, sparsity, folder, name):
     st.manual_seed(o.seed)  # sparse and dense start from the same weights
     if checkpoint.exists():
         return Trainer.resume(checkpoint, **settings)
-    model = _model(o.model, dataset)
+    model = named.model(o.model, dataset.train[0].shape[1:], len(dataset.classes))
     if sparsity:
-        st.sparsify(model, sparsity, o.method, o.distribution, _excluded(o, model))
+        st.sparsify(model, sparsity, o.method, o.distribution, named.layers(o.exclude, model))
     rates = {"lr": o.lr, "weight_decay": o.weight_decay}
     if o.optimizer == "sgd":
         rates["momentum"] = o.momentum
     optimizer = OPTIMIZERS[o.optimizer](model.named_parameters(), **rates)
     return Trainer(model, optimizer, label_smoothing=o.label_smoothing, **settings)
-
-
-def _model(name, dataset):
-    channels, height, width = dataset.train[0].shape[1:]
-    fitted = {
-        "mlp": {"widths": (height * width, 1024, 1024, len(dataset.classes))},
-        "lenet5": {"image_size": height},
-        "lenet300": {"image_size": height},
-    }
-    make = getattr(models, name.replace("-", "_"))
-    return make(len(dataset.classes), channels, **fitted.get(name, {}))
-
-
-def _excluded(o, model):
-    first = next(name for name, p in model.named_parameters() if len(p.shape) > 1)
-    return [first.rpartition(".")[0] if name == "first" else name for name in o.exclude]
 
 
 def _schedule(o, steps):
@@ -334,7 +326,7 @@ def _print_result(o, trainers, x, y):
     first = next(iter(trainers.values()))
     print(f"\n{report.layer_table(first, x, y)}")
     if o.sparsity and o.exclude:
-        print(f"kept dense: {', '.join(_excluded(o, first.model))} (--exclude)")
+        print(f"kept dense: {', '.join(named.layers(o.exclude, first.model))} (--exclude)")
     nets = [
         f"{name}: accuracy {100 * accuracy:.1f} %, {1e3 * time_s:.2f} ms a step"
         for name, accuracy, time_s in zip(trainers, accuracies, seconds, strict=True)
@@ -344,7 +336,7 @@ def _print_result(o, trainers, x, y):
     print(f"\n{'; '.join(nets)} (test images; median step of {len(x)} images)")
 
 
-def _info():
+def _info(given):
     limit = threads.container_limit()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"sparsetrain        {st.__version__}")

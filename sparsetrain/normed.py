@@ -1,11 +1,13 @@
 """A batch norm's output that is not written: what reads it forms it, and the gradient that goes back to it."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
 
 from sparsetrain import arrays
 from sparsetrain._kernels import core
+from sparsetrain.record import tell
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Norm:
 class Normed:
     """relu(norm(x) + add), add and relu optional, in the place of a Blocked.
 
-    Who can form it on the way reads `x`; for everybody else it is a Blocked, written when `array` or with_halo() is first
-    asked for. `keep`: the halo with which who forms it first also writes it, or None.
+    Who can form it on the way reads `x`; for everybody else it is a Blocked, written when `array` or with_halo() is
+    first asked for. `keep`: the halo with which who forms it first also writes it, or None.
     """
 
     def __init__(self, x, norm, add=None, relu=False):
@@ -57,17 +59,19 @@ class Normed:
     def with_halo(self, halo):
         """It as a Blocked whose halo is at least `halo`."""
         if self.formed is None:
+            start = time.perf_counter()
             self.formed = self.like(halo if self.keep is None else tuple(map(max, halo, self.keep)))
             norm, add = self.norm, None if self.add is None else self.add.array
             core.batch_norm(
                 self.x.array, self.formed.array, self.n, norm.gamma, norm.beta, norm.mean, norm.var, norm.eps, False,
                 self.relu, add,
             )  # fmt: skip
+            tell("form", start, [self.x, self.add], [self.formed], normed=self, forms=True, kept=True)
         return self.formed.with_halo(halo)
 
 
 class NormedGradient(arrays.Blocked):
-    """The gradient of a Normed: zero where its ReLU is closed, with its sums, and those times x - mean (2, channels)."""
+    """The gradient of a Normed, zero where its ReLU is closed; its sums, and those times x - mean (2, channels)."""
 
     __slots__ = ("sums",)
 

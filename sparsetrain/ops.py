@@ -4,19 +4,21 @@ Each forward returns its output, with a halo as its consumer wants it; each back
 the halo that its consumer wants. Parameters' gradients are written through Parameter.gradient().
 """
 
+import time
 from functools import partial
 
 import numpy as np
 
-from sparsetrain import arrays, plans
+from sparsetrain import arrays, choices, plans
 from sparsetrain._kernels import core
 from sparsetrain.normed import Normed, NormedGradient
+from sparsetrain.record import tell, told
 
 
 def _planned(weight, kind, geometry, build, *blocked):
     """The plan of this kind for arrays of these strides, made once for the weight's structure."""
     layout = tuple((b.array.shape, b.array.strides) for b in blocked)
-    key = (kind, geometry, layout, core.get_isa())
+    key = (kind, geometry, layout, core.get_isa(), choices.edition())
     plan = weight.structure.plans.get(key)
     if plan is None:
         plan = weight.structure.plans[key] = build(weight.structure, geometry, *blocked)
@@ -34,8 +36,10 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     x = x.with_halo(geometry.padding)
     oh, ow = geometry.output(kernel, height, width)
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.ndim)
+    start = time.perf_counter()
     step = _planned(weight, "forward", geometry, plans.forward, x, y)
     core.spmm(step.plan, x.array, step.values(weight.data.reshape(-1)), None if bias is None else bias.data, y.array)
+    tell("forward", start, [x], [y], weight=weight, output=y, plans=(step.plan,))
     return y
 
 
@@ -46,20 +50,27 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     """
     kernel = (*weight.shape, 1, 1)[2:4]
     x = x.with_halo(geometry.padding)
+    start = time.perf_counter()
     if bias is not None:
         core.bias_grad(dy.array, *bias.gradient())
     grad, accumulate = weight.gradient()
+    used = ()
     if len(weight.shape) == 2 and weight.structure.dense:
         core.linear_gradient(x.array, dy.array, grad, accumulate)
     else:
-        plan = _planned(weight, "weight", geometry, plans.weight_gradient, x, dy)
-        core.sddmm(plan, x.array, dy.array, grad.reshape(-1), accumulate)
+        used = (_planned(weight, "weight", geometry, plans.weight_gradient, x, dy),)
+        core.sddmm(*used, x.array, dy.array, grad.reshape(-1), accumulate)
+    tell("weight gradient", start, [x, dy], [], weight=weight, output=dy, plans=used)
     if halo is None:
         return None
+    start = time.perf_counter()
     dy = dy.with_halo(geometry.grad_halo(kernel))
     dx = x.like(halo) if into is None else into
-    for step in _planned(weight, "input", geometry, plans.input_gradient, dy, dx):
+    steps = _planned(weight, "input", geometry, plans.input_gradient, dy, dx)
+    for step in steps:
         core.spmm(step.plan, dy.array, step.values(weight.data.reshape(-1)), None, dx.array, into is not None)
+    used = tuple(step.plan for step in steps)
+    tell("input gradient", start, [dy, into], [dx], weight=weight, output=dy, plans=used)
     return dx
 
 
@@ -85,6 +96,7 @@ def _band_arguments(x, geometry):
 def conv2d_bands(x, weight, geometry, moments):
     """conv2d() of a Blocked or Normed x, which is formed band by band. Writes mean and biased variance of y, (O,) each,
     to the pair `moments` unless None."""
+    start = time.perf_counter()
     source, forming = _band_arguments(x, geometry)
     formed = not isinstance(x, Normed) or x.formed is not None
     y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)
@@ -99,14 +111,20 @@ def conv2d_bands(x, weight, geometry, moments):
     core.conv_bands(plan, x.n, source.array, step.values(weight.data.reshape(-1)), None, y.array, mean, var, **forming)
     if keep is not None:
         x.formed = keep
+    tell(
+        "forward", start, [lies, None if formed else x.add], [y, keep], weight=weight, output=y, plans=(plan,),
+        normed=x if isinstance(x, Normed) else None, forms=not formed, kept=keep is not None, sums=moments is not None,
+    )  # fmt: skip
     return y
 
 
 def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=None):
-    """dx of conv2d_bands(), added to the Blocked `into` if given; adds the gradient of weight too. No dx if halo is None.
+    """dx of conv2d_bands(), added to the Blocked `into` if given; adds the gradient of weight too.
 
-    norm: the Norm of y; dy: the NormedGradient of its output. The dx of a Normed is a NormedGradient.
+    No dx if halo is None. norm: the Norm of y; dy: the NormedGradient of its output. The dx of a Normed is a
+    NormedGradient.
     """
+    start = time.perf_counter()
     source, forming = _band_arguments(x, geometry)
     formed = not isinstance(x, Normed) or x.formed is not None
     lies = x.formed if formed and isinstance(x, Normed) else source
@@ -115,27 +133,38 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     if dx is None:
         build = partial(build, dx=None)
     plan, steps = _planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
-    values, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
+    pixels, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
     mean_g, slope = np.zeros((2, weight.shape[0]), dtype)
     if norm.training:
-        mean_g[:], slope[:] = dy.sums[0] / values, dy.sums[1] / values * norm.inverse**2
+        mean_g[:], slope[:] = dy.sums[0] / pixels, dy.sums[1] / pixels * norm.inverse**2
     grad, accumulate = weight.gradient()
     if isinstance(x, Normed):
         forming["x_mean"] = x.norm.mean
+    values = [step.values(weight.data.reshape(-1)) for step in steps]
     sums = core.conv_bands_backward(
         plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, mean_g, slope, grad.reshape(-1), accumulate,
-        None if dx is None else dx.array, [step.values(weight.data.reshape(-1)) for step in steps], into is not None, **forming,
+        None if dx is None else dx.array, values, into is not None, **forming,
+    )  # fmt: skip
+    normed = x if isinstance(x, Normed) else None
+    raw = [] if formed and sums is None else [source, x.add]
+    tell(
+        "backward", start, [lies, *raw, y, dy, into], [dx], weight=weight, output=y, plans=(plan,),
+        normed=normed, forms=not formed, sums=sums is not None,
     )  # fmt: skip
     return dx if sums is None else NormedGradient(dx, sums)
 
 
 def normed_gradient(y, dy):
     """The NormedGradient of the Normed y from any gradient of it, which is changed."""
+    start = time.perf_counter()
     add = None if y.add is None else y.add.array
     norm = y.norm
-    return NormedGradient(dy, core.norm_gradient_sums(y.x.array, dy.array, norm.scale, norm.shift, norm.mean, y.relu, add))
+    sums = core.norm_gradient_sums(y.x.array, dy.array, norm.scale, norm.shift, norm.mean, y.relu, add)
+    tell("normed_gradient", start, [y.x, dy, y.add if y.relu else None], [dy] if y.relu else [])
+    return NormedGradient(dy, sums)
 
 
+@told
 def relu(x, halo=(0, 0)):
     """y = max(x, 0)."""
     y = x.like(halo)
@@ -143,6 +172,7 @@ def relu(x, halo=(0, 0)):
     return y
 
 
+@told
 def relu_backward(y, dy, halo=(0, 0)):
     """dx of relu(), from its output; written into dy where that has the halo."""
     dx = dy if dy.has_halo(halo) else y.like(halo)
@@ -157,6 +187,7 @@ def add(a, b, halo=(0, 0)):
     return y
 
 
+@told
 def dropout(x, keep, seed, halo=(0, 0)):
     """x / keep at a random share `keep` of the elements, 0 elsewhere. It is its own backward, with the same seed."""
     y = x.like(halo)
@@ -182,6 +213,7 @@ def _pooled(x, h, w, halo):
     return arrays.empty(x.n, x.array.shape[1], h.shape[1], w.shape[1], x.dtype, halo)
 
 
+@told
 def max_pool2d(x, h, w, halo=(0, 0)):
     """The maximum over each window; h and w from windows()."""
     y = _pooled(x, h, w, halo)
@@ -189,6 +221,7 @@ def max_pool2d(x, h, w, halo=(0, 0)):
     return y
 
 
+@told
 def max_pool2d_backward(x, y, h, w, dy, halo=(0, 0)):
     """dx of max_pool2d(): the first maximum of a window gets its gradient."""
     dx = x.like(halo)
@@ -196,6 +229,7 @@ def max_pool2d_backward(x, y, h, w, dy, halo=(0, 0)):
     return dx
 
 
+@told
 def avg_pool2d(x, h, w, halo=(0, 0)):
     """The mean over each window; h and w from windows() or adaptive_windows()."""
     y = _pooled(x, h, w, halo)
@@ -203,6 +237,7 @@ def avg_pool2d(x, h, w, halo=(0, 0)):
     return y
 
 
+@told
 def avg_pool2d_backward(size, h, w, dy, halo=(0, 0)):
     """dx of avg_pool2d() of an x with `size` (height, width)."""
     dx = arrays.empty(dy.n, dy.array.shape[1], *size, dy.dtype, halo)
@@ -216,11 +251,14 @@ def flatten(x, halo=(0, 0)):
     if h == w == 1 and tuple(halo) == (0, 0):
         y = arrays.Blocked(x.array, x.n, x.halo, 2)
         return y
+    start = time.perf_counter()
     y = arrays.empty(x.n, c * h * w, 1, 1, x.dtype, halo, 2)
     core.copy(x.array, _unflattened(y, (c, h, w)))
+    tell("flatten", start, [x], [y])
     return y
 
 
+@told
 def flatten_backward(shape, dy, halo=(0, 0)):
     """dx of flatten() of an x with `shape` (channels, height, width)."""
     dx = arrays.empty(dy.n, *shape, dy.dtype, halo)

@@ -13,6 +13,7 @@ import numpy as np
 
 from sparsetrain._kernels import core
 from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE
+from sparsetrain.choices import kept
 
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
@@ -55,6 +56,10 @@ class Grid:
     y_pixels: tuple = (1, 1)
     y_origin: tuple = (0, 0)
 
+    def about(self):
+        """What the choice of a tile depends on."""
+        return self.extent, self.taps, self.x_pixels
+
 
 def strides(blocked):
     """Elements between blocks, channels and rows."""
@@ -69,6 +74,40 @@ L1_BYTES, L1_RISE = 36 << 10, 24 << 10
 L2_BYTES, L2_RISE = 600 << 10, 400 << 10
 
 
+ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))
+_GRID = ("extent", "taps", "x_pixels")
+
+
+def _is_compiled(r, w, limit):
+    """Whether there is a kernel for tiles of r x w positions, as in product.hh."""
+    return 1 <= r <= 4 and 1 <= w <= 16 and r * w <= limit and (w <= 8 or r <= 2)
+
+
+def _check_group(about, says):
+    if says["order"] not in ORDERS:
+        raise ValueError(f"order is {says['order']}, must be one of {', '.join(map(str, ORDERS))}")
+    if not 1 <= says["group"] <= about["channels"]:
+        raise ValueError(f"group is {says['group']}, must be in [1, {about['channels']}], as there are channels")
+
+
+def _check_tile(isa, about, says):
+    _check_group(about, says)
+    limits, (one, r, w) = core.tile_limits(isa), says["tile"]
+    if about["limit"] not in limits:
+        raise ValueError(f"limit is {about['limit']}, on {isa} it is one of {', '.join(map(str, limits))}")
+    if one != 1 or not _is_compiled(r, w, about["limit"]):
+        raise ValueError(
+            f"tile is {says['tile']}, must be (1, R, W) with R <= 4, W <= 16, R * W <= {about['limit']}, "
+            "and R <= 2 where W > 8"
+        )
+
+
+@kept(
+    "tile",
+    about=(*_GRID, "rows", "channels", "weights", "limit", "rows_at_once", "itemsize"),
+    says=("order", "tile", "group"),
+    check=_check_tile,
+)
 def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
     """(order, tile, channels of a group) with the least estimated time.
 
@@ -77,10 +116,10 @@ def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
     """
     groups = sorted({-(-channels // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)})
     best = None
-    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+    for order in ORDERS:
         extent = [grid.extent[axis] for axis in order]
         for r, w in product(range(1, min(4, extent[1]) + 1), range(1, min(16, extent[2]) + 1)):
-            if r * w > limit or (w > 8 and r > 2):
+            if not _is_compiled(r, w, limit):
                 continue
             size = dict(zip(order, (1, r, w), strict=True))
             # Rows and pixels of one input channel that the tile reads.
@@ -165,12 +204,14 @@ def _cut_rows(weights_of_row, pieces):
 
 
 def _plan(
-    x, y, grid, tile, order, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights
+    x, y, grid, tile, order, group, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights
 ):
     positions = math.prod(grid.extent)
     # A tile's first rows and columns of x are the last ones of the tiles before, and need not be fetched again; rows
     # only if all channels of them still lie in L2.
-    rows_bytes = x.array.itemsize * strides(x)[2] * x.array.shape[1] * (dict(zip(order, tile, strict=True))[1] + grid.taps[0])
+    rows_bytes = (
+        x.array.itemsize * strides(x)[2] * x.array.shape[1] * (dict(zip(order, tile, strict=True))[1] + grid.taps[0])
+    )
     known = [max(0, taps - pixels) for taps, pixels in zip(grid.taps, grid.x_pixels, strict=True)]
     if rows_bytes > L2_BYTES:
         known[0] = 0
@@ -190,6 +231,7 @@ def _plan(
         overlap=[taps - pixels - skip for taps, pixels, skip in zip(grid.taps, grid.x_pixels, known, strict=True)],
         x_origin=[first + skip for first, skip in zip(grid.x_origin, known, strict=True)],
         channels=x.array.shape[1],
+        group=group,
         rows=rows,
         rows_at_once=rows_at_once,
         n_values=n_values,
@@ -244,11 +286,13 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
         segments[:, 0] *= ROWS_AT_ONCE
         segments[:, 1] %= max(n, 1)
         n_values = n * ROWS_AT_ONCE * blocks
-        plan = _plan(x, y, grid, tile, order, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights)
+        plan = _plan(
+            x, y, grid, tile, order, group, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights
+        )
         return Pass(plan, source, ROWS_AT_ONCE, rows, dense_step)
     chunks = _cut_rows(np.bincount(entry_row, minlength=rows), pieces)
     segments, bounds = _segments(entry_row, groups, 1, chunks)
-    plan = _plan(x, y, grid, tile, order, rows, 1, offsets, segments, bounds, None, weights, 1, weights)
+    plan = _plan(x, y, grid, tile, order, group, rows, 1, offsets, segments, bounds, None, weights, 1, weights)
     return Pass(plan, source)
 
 
@@ -281,7 +325,9 @@ def _offsets(channel, vertical, horizontal, x):
     _, per_channel, per_row = strides(x)
     offsets = channel.astype(np.int64) * per_channel + vertical * per_row + horizontal * 16
     if len(offsets) and max(offsets.max(), -offsets.min()) >= 2**31:
-        raise ValueError(f"x has shape {x.array.shape}: 16 images of it reach 2**31 elements, more than an offset can say")
+        raise ValueError(
+            f"x has shape {x.array.shape}: 16 images of it reach 2**31 elements, more than an offset can say"
+        )
     return offsets
 
 
@@ -324,9 +370,32 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS):
         offsets = _offsets(oc[here], vertical, horizontal, dy)
         entry_row = None if new_row is None else new_row[here]
         passes.append(
-            _spmm(dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, source[here].astype(np.int32), taps, tasks)
+            _spmm(
+                dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, source[here].astype(np.int32), taps, tasks
+            )
         )
     return passes
+
+
+def _check_parts(isa, about, says):
+    most = min(about["tiles"], about["tasks"])
+    if not 1 <= says["parts"] <= most:
+        raise ValueError(f"parts is {says['parts']}, must be in [1, {most}], as there are tiles and tasks")
+
+
+@kept(
+    "gradient parts", about=("tiles", "tasks", "row_blocks", "x_size", "weights"), says=("parts",), check=_check_parts
+)
+def _gradient_parts(tiles, tasks, row_blocks, x_size, weights):
+    """Into how many runs of tiles a weight gradient is cut, each of at most row_blocks chunks of rows."""
+    # Chunks of rows each read all of x again; parts, runs of tiles, each need a copy of dW.
+    copied = 3 * weights
+
+    def cost(parts):
+        chunks = min(row_blocks, tasks // parts)
+        return chunks * x_size + parts * copied + (parts * chunks < tasks // 2) * 1e18
+
+    return min((p for p in (1, 2, 4, 8, 16) if p <= min(tiles, tasks)), key=cost, default=1)
 
 
 def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
@@ -341,13 +410,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
     at_once = ROWS_AT_ONCE if row is None else 1
     blocks = -(-out // at_once)
-    # Chunks of rows each read all of x again; parts, runs of tiles, each need a copy of dW.
-    read, copied = x.array.size, 3 * weights
-    parts = min(
-        (p for p in (1, 2, 4, 8, 16) if p <= min(tiles, tasks)),
-        key=lambda p: min(blocks, tasks // p) * read + p * copied + (p * min(blocks, tasks // p) < tasks // 2) * 1e18,
-        default=1,
-    )
+    parts = _gradient_parts(tiles, tasks, blocks, x.array.size, weights)
     if row is None:
         n = len(offsets)
         chunks = _cut_rows(np.full(blocks, n), tasks // parts)
@@ -361,7 +424,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
         segments, bounds = _segments(row, channel // group, 1, chunks)
         first_value = indptr[chunks]
     return _plan(
-        x, dy, grid, tile, order, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,
+        x, dy, grid, tile, order, group, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,
         parts, weights,
     )  # fmt: skip
 
@@ -405,9 +468,16 @@ def can_band(structure, geometry, x_shape, output):
     return math.prod(geometry.stride) <= core.MAX_PHASES and math.prod(output) >= 64 and few
 
 
-def _run_and_rows(x, y, geometry, line_bytes):
+def _check_rows(isa, about, says):
+    if not 1 <= says["rows"] <= says["run"] <= about["height"]:
+        raise ValueError(
+            f"run and rows are {says['run']} and {says['rows']}, must be 1 <= rows <= run <= {about['height']}"
+        )
+
+
+@kept("bands", about=("blocks", "height", "line_bytes"), says=("run", "rows"), check=_check_rows)
+def _run_and_rows(blocks, height, line_bytes):
     """Output rows of a task, TASKS of them where the shape allows, and of a band."""
-    blocks, _, height = y.array.shape[:3]
     runs = min(-(-TASKS // blocks), max(1, height // 8))
     run = -(-height // runs)
     bands = -(-run // max(2, BAND_BYTES // line_bytes // 2 * 2))
@@ -432,26 +502,40 @@ def forward_bands(structure, geometry, x, y, formed):
     """(BandPlan, Pass) of y = W x. formed: x is read where it lies, else it is formed in scratch."""
     kernel = structure.shape[2:]
     reach = geometry.reach(kernel)
-    _, out, _, width, _ = y.array.shape
+    blocks, out, height, width, _ = y.array.shape
     line_bytes = 0 if formed else geometry.stride[0] * _line_bytes(x, 2 * geometry.padding[1])
-    run, rows = _run_and_rows(x, y, geometry, line_bytes + _line_bytes(y, 0))
+    run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 0))
     source, size = _band_input(x, geometry, reach, run, formed)
     band = Layout.of((1, out, rows, width), strides(y), y.array.dtype)
     step = forward(structure, geometry, source, band, tasks=1)
     plan = core.BandPlan(
-        run=run, rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0], forward=step.plan,
-        gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
+        run=run, rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0],
+        forward=step.plan, gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
     )  # fmt: skip
     return plan, step
+
+
+def _check_band_parts(isa, about, says):
+    if not 1 <= says["parts"] <= about["tasks"]:
+        raise ValueError(f"parts is {says['parts']}, must be in [1, {about['tasks']}], as there are tasks")
+
+
+@kept("band parts", about=("tasks", "weights", "activations"), says=("parts",), check=_check_band_parts)
+def _band_parts(tasks, weights, activations):
+    """Into how many runs the tasks are cut, each with a weight gradient of its own."""
+    parts = min(16, tasks)
+    while parts > 4 and parts * weights > activations:
+        parts //= 2
+    return parts
 
 
 def backward_bands(structure, geometry, x, y, dx, formed):
     """(BandPlan, Passes of the input gradient) of y = W x. dx may be None."""
     kernel = structure.shape[2:]
     reach, halo, stride = geometry.reach(kernel), geometry.grad_halo(kernel), geometry.stride
-    _, out, height, width, _ = y.array.shape
+    blocks, out, height, width, _ = y.array.shape
     line_bytes = 0 if formed else stride[0] * _line_bytes(x, 2 * geometry.padding[1])
-    run, rows = _run_and_rows(x, y, geometry, line_bytes + _line_bytes(y, 2 * halo[1]))
+    run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 2 * halo[1]))
     source, x_size = _band_input(x, geometry, reach, run, formed)
     dy = Layout.scratch(out, run + 2 * halo[0], width + 2 * halo[1], y.array.dtype)
     band = Layout.of((1, out, rows, width), strides(dy), y.array.dtype)
@@ -462,9 +546,7 @@ def backward_bands(structure, geometry, x, y, dx, formed):
         dx_rows = rows * stride[0] if rows < height else dx_height
         dx_band = Layout.of((1, channels, dx_rows, dx_width), strides(dx), y.array.dtype)
         steps = input_gradient(structure, geometry, band, dx_band, tasks=1)
-    parts = min(16, y.array.shape[0] * -(-height // run))
-    while parts > 4 and parts * structure.nnz > x.array.size + y.array.size:
-        parts //= 2
+    parts = _band_parts(blocks * -(-height // run), structure.nnz, x.array.size + y.array.size)
     plan = core.BandPlan(
         run=run, rows=rows, parts=parts, stride=stride[0], padding=geometry.padding, reach=reach[0], forward=None,
         gradient=gradient, input=[step.plan for step in steps], phases_across=min(stride[1], x.array.shape[3]),
@@ -473,6 +555,20 @@ def backward_bands(structure, geometry, x, y, dx, formed):
     return plan, steps
 
 
+def _check_dense_tile(isa, about, says):
+    _check_group(about, says)
+    one, r, w = says["tile"]
+    rows, columns = (about["extent"][axis] for axis in says["order"][1:])
+    if one != 1 or not (1 <= r <= rows and 1 <= w <= columns):
+        raise ValueError(f"tile is {says['tile']}, must be (1, R, W) with R <= {rows}, W <= {columns}")
+
+
+@kept(
+    "dense gradient tile",
+    about=(*_GRID, "channels", "itemsize"),
+    says=("order", "tile", "group"),
+    check=_check_dense_tile,
+)
 def _dense_gradient_tile(grid, channels, itemsize):
     """(order, tile, channels of a group) of a dense weight gradient: about 96 positions, whole rows where they fit,
     of which dy stays in L1 for four rows of output channels, and so many channels that x stays in L2."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
-from sparsetrain import cli
+from sparsetrain import choices, cli, named
 from sparsetrain.data import Dataset
 from sparsetrain.train import Trainer
 
@@ -123,8 +123,7 @@ def test_choices(folder, arguments):
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("name", cli.MODELS)
 def test_every_model_takes_every_data_set(name, shape):
-    dataset = Dataset("small", stripes(8, shape), stripes(8, shape), ("a", "b", "c", "d"))
-    assert cli._model(name, dataset).summary(shape).rows[-1].output == (4,)
+    assert named.model(name, shape, 4).summary(shape).rows[-1].output == (4,)
 
 
 @pytest.mark.parametrize("stop_in", ["sparse", "dense"])
@@ -234,6 +233,20 @@ def test_folders_that_do_not_do(folder, capsys):
     (folder / "full/config.json").write_text('{"options": {}}')
     assert cli.main(["train", "--resume", "full", "--model", "mlp"]) == 2
     assert "--model cannot be given with --resume" in error_line(capsys)
+
+
+def test_plans_stay_with_the_run(folder, monkeypatch):
+    common = ["--epochs", "1", "--no-compare", "--quiet", "--warmup", "0"]
+    assert cli.main(["train", *common, "--out", "one"]) == 0
+    choices.save("plans.json")
+    assert cli.main(["train", *common, "--out", "two", "--plans", "plans.json"]) == 0
+    assert history("one/history.csv") == history("two/history.csv")
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    loaded = []
+    monkeypatch.setattr(cli.choices, "load", loaded.append)
+    assert cli.main(["train", "--resume", "../two", "--epochs", "2"]) == 0
+    assert loaded == [str(folder / "plans.json")]
 
 
 def test_help_explains_every_option(capsys):

@@ -9,8 +9,9 @@ import sparsetrain
 
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
-    *("_kernels", "checks", "rng", "arrays", "normed", "sparse", "plans", "ops", "nn", "optim", "sparsity"),
-    *("backprop", "data", "train", "__init__", "bench", "cli", "__main__"),
+    *("_kernels", "version", "checks", "files", "rng", "arrays", "record", "normed", "sparse", "choices", "plans"),
+    *("ops", "nn", "optim", "sparsity"),
+    *("backprop", "data", "train", "bench", "profile", "__init__", "named", "profile_command", "cli", "__main__"),
 ]
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

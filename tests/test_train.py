@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparsetrain import data, manual_seed, nn, optim, sparsify
+from sparsetrain.files import replacing
 from sparsetrain.train import (
     Callback,
     Checkpoint,
@@ -20,7 +21,6 @@ from sparsetrain.train import (
     Trainer,
     TrainingDiverged,
 )
-from sparsetrain.train.files import replacing
 
 
 def images(n, seed=0):

@@ -48,9 +48,9 @@ def set_isa(name):
     _isa = name
 
 
-def tile_limits():
-    """How many positions a tile may have on the instruction set in use: (spmm, sddmm, dense spmm)."""
-    cdef const Build *b = kernels.isas[<int>_ISAS[_isa]].build
+def tile_limits(isa=None):
+    """How many positions a tile may have on an instruction set, that in use if None: (spmm, sddmm, dense spmm)."""
+    cdef const Build *b = kernels.isas[<int>_ISAS[_isa if isa is None else isa]].build
     return b.max_tile, b.max_gradient_tile, b.max_dense_tile
 
 
@@ -380,17 +380,18 @@ cdef class Plan:
     offsets int32: elements from a position of x to what an entry reads, then 3 numbers of padding.
     segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
     first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
-    (block, channel, row) each, that the offsets and the tiling were made for.
+    (block, channel, row) each, that the offsets and the tiling were made for. group: channels of x in a segment.
     order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
     x_pixels, y_pixels: rows and columns of x and y from one position to the next; y_origin: the pixel of y of the
     first position; x_origin: the first pixel to fetch ahead for it; overlap: how many pixels more than x_pixels a
     position to fetch.
     """
     cdef:
-        readonly object segments, tile, order, chunks
+        readonly tuple tile, order
+        readonly long rows_at_once, parts, group, n_chunks
         const int32_t[::1] _offsets, _chunks, _first_value
         const int32_t[:, ::1] _segments
-        long rows, rows_at_once, n_values, parts, n_tiles, n_chunks
+        long rows, n_values, n_tiles
         long extent[3]
         long _tile[3]
         long x_step[3]
@@ -405,9 +406,10 @@ cdef class Plan:
 
     def __init__(self, *, const int32_t[::1] offsets, const int32_t[:, ::1] segments, const int32_t[::1] chunks,
                  const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
-                 overlap, x_origin, y_origin, long channels, long rows, long rows_at_once, long n_values, long parts, double work):
+                 overlap, x_origin, y_origin, long channels, long group, long rows, long rows_at_once, long n_values,
+                 long parts, double work):
         cdef int i
-        self.segments, self.chunks, self.tile, self.order = segments, chunks, tuple(tile), tuple(order)
+        self.tile, self.order, self.group = tuple(tile), tuple(order), group
         self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
         self.rows, self.rows_at_once, self.n_values, self.parts = rows, rows_at_once, n_values, parts
         self.n_chunks, self.work = chunks.shape[0] - 1, work

@@ -19,8 +19,14 @@ def attainable(limits, operations, size):
     The roofline of Williams et al., CACM 2009: the multiply-add peak, or the bandwidth of the level that holds all the
     bytes times the operations a byte, whichever is less.
     """
+    seconds, level = least_seconds(limits, operations, size)
+    return operations / seconds / 1e9, level
+
+
+def least_seconds(limits, operations, size):
+    """(seconds, level) that so many operations on so many bytes take at that rate."""
     level = fits_in(limits, size)
-    return min(limits["fma_gflops"], bandwidth(level) * operations / size), level["name"]
+    return max(operations / limits["fma_gflops"], size / bandwidth(level)) / 1e9, level["name"]
 
 
 def break_even(times):

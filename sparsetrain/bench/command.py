@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import sparsetrain as st
 from sparsetrain import checks
+from sparsetrain._kernels import core
 from sparsetrain.bench import compare, load, machine, measure, plot, report, results, shapes
+from sparsetrain.version import VERSION
 
 LAYER_SPARSITIES = (0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 NET_SPARSITIES = (0, 0.8, 0.9, 0.95, 0.99)
@@ -77,11 +78,11 @@ def run(given):
     o, layers, folder = _options(given)
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "sparsetrain": st.__version__,
+        "sparsetrain": VERSION,
         "machine": machine.describe(),
         "ran_with": {
-            "threads": st.get_num_threads(),
-            "isa": st.get_isa(),
+            "threads": core.get_num_threads(),
+            "isa": core.get_isa(),
             "repeats": o.repeats,
             "budget": o.budget,
         },
@@ -127,21 +128,21 @@ def _options(given):
     if not (math.isfinite(o.budget) and o.budget > 0):
         raise ValueError(f"--budget is {o.budget:g}, must be more than 0 seconds")
     if o.isa is not None:
-        checks.one_of("--isa", o.isa, st.available_isas())
+        checks.one_of("--isa", o.isa, core.available_isas())
     folder = Path(o.out or f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out is {folder}, which is there already, must be a new folder")
     if o.threads is not None:
-        st.set_num_threads(checks.integer("--threads", o.threads, low=1))
+        core.set_num_threads(checks.integer("--threads", o.threads, low=1))
     if o.isa is not None:
-        st.set_isa(o.isa)
+        core.set_isa(o.isa)
     return o, layers, folder
 
 
 def _measure(o, layers):
     """The measured part of the report."""
     start = time.perf_counter()
-    threads = st.get_num_threads()
+    threads = core.get_num_threads()
     before = load.idle(0.5 if o.quick else 1.0)
     during = load.Load()
     limits = [machine.limits(n) for n in measure.thread_counts(threads)]
@@ -165,7 +166,7 @@ def _measure(o, layers):
         with tqdm(total=len(cases) * o.repeats, desc="measuring", disable=None, leave=False) as bar:
             measure.run(cases, o.repeats, left, settle, done=bar.update)
     finally:
-        st.set_num_threads(threads)
+        core.set_num_threads(threads)
     judged = [results.judge(case.result(), by_threads[case.threads]) for case in cases]
     counts = [len(case.repetitions) for case in cases]
     return {

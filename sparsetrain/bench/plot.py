@@ -4,7 +4,7 @@ import math
 
 from sparsetrain.bench import report as text
 from sparsetrain.bench import results
-from sparsetrain.train.files import replacing
+from sparsetrain.files import replacing
 
 # Okabe and Ito's colours, which people who see few colours can tell apart; markers help where they repeat.
 GREY = "0.45"

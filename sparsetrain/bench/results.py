@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from sparsetrain.bench import analysis, shapes
-from sparsetrain.train.files import replacing
+from sparsetrain.files import replacing
 
 FORMAT, SCHEMA = "sparsetrain bench", 1
 PARTS = {"forward", "backward", "step"}

@@ -1,12 +1,14 @@
 """Batch normalisation, and in the same pass a residual add and a ReLU after it."""
 
 import math
+import time
 
 import numpy as np
 
 from sparsetrain import checks
 from sparsetrain._kernels import core
 from sparsetrain.nn.module import Module, check_input
+from sparsetrain.record import tell
 from sparsetrain.sparse import Parameter
 
 
@@ -62,10 +64,12 @@ class BatchNorm2d(Module):
         training = self.training
         mean, var = self.moments()
         y = x.like(halo)
+        start = time.perf_counter()
         core.batch_norm(
             x.array, y.array, x.n, self.weight.data, self.bias.data, mean, var, self.eps, training, relu,
             None if add is None else add.array,
         )  # fmt: skip
+        tell("batch_norm", start, [x, add], [y])
         self.track(mean, var, math.prod(x.shape) // self.num_features)
         fused_add = add is not None
         output = y if relu and fused_add else None
@@ -80,10 +84,12 @@ class BatchNorm2d(Module):
                 if not accumulate:
                     grad.fill(0)
                 grads.append(grad)
+            start = time.perf_counter()
             core.batch_norm_backward(
                 x.array, None if output is None else output.array, dy.array, dx.array, x.n, self.weight.data,
                 self.bias.data, mean, var, *grads, self.eps, training, relu, None if dadd is None else dadd.array,
             )  # fmt: skip
+            tell("batch_norm_backward", start, [x, output, dy], [dx, dadd])
             return (dx, dadd) if fused_add else dx
 
         return y, backward

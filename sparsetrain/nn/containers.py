@@ -57,7 +57,7 @@ class Sequential(Module):
     fuses_relu = property(lambda self: bool(self.layers) and self.layers[-1].fuses_relu)
     fuses_add = property(lambda self: bool(self.layers) and self.layers[-1].fuses_add)
 
-    def _steps(self):
+    def steps(self):
         """(layer or ConvNorm, whether the ReLU after it runs with it)."""
         steps = []
         for layer in self.layers:
@@ -71,7 +71,7 @@ class Sequential(Module):
         return steps
 
     def forward(self, x, halo, **fused):
-        steps = self._steps()
+        steps = self.steps()
         if not steps:
             return x.with_halo(halo), lambda dy, halo: dy.with_halo(halo or (0, 0))
         backwards = []

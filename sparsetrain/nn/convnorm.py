@@ -10,9 +10,9 @@ from sparsetrain.normed import Norm, Normed, NormedGradient
 class ConvNorm:
     """A Conv2d without bias and its BatchNorm2d, with the residual add and the ReLU after them.
 
-    The norm's output is not written but formed, band by band, by the convolution that reads it, which also takes the sums
-    that the norm before and the norm after need while its bands are in cache. Where bands do not pay the two layers run
-    one by one.
+    The norm's output is not written but formed, band by band, by the convolution that reads it, which also takes the
+    sums that the norm before and the norm after need while its bands are in cache. Where bands do not pay the two
+    layers run one by one.
     """
 
     fuses_into = fuses_relu = True

@@ -49,14 +49,21 @@ def observe(model, callback):
     phase is "forward" (y the output, a Blocked) or "backward" (y is dx, or None). A ReLU that runs in the same
     pass as the layer before it is not called by itself.
     """
-    global _observer
     names = {id(module): name for name, module in model.named_modules()}
 
-    def named(module, phase, seconds, y):
+    def named(module, phase, start, end, y):
         if id(module) in names:
-            callback(names[id(module)], module, phase, seconds, y)
+            callback(names[id(module)], module, phase, end - start, y)
 
-    before, _observer = _observer, named
+    with watch(named):
+        yield
+
+
+@contextmanager
+def watch(callback):
+    """As observe(), for the leaf layers of any model: callback(module, phase, start, end, y), in perf_counter()."""
+    global _observer
+    before, _observer = _observer, callback
     try:
         yield
     finally:
@@ -71,7 +78,7 @@ def keeps():
 def report(layer, phase, start, y):
     """Tell who observes that `layer` has finished a phase that began at `start`."""
     if _observer is not None:
-        _observer(layer, phase, time.perf_counter() - start, y)
+        _observer(layer, phase, start, time.perf_counter(), y)
 
 
 @contextmanager
@@ -148,7 +155,7 @@ class Module:
     def _observed(self, x, halo, fused):
         start = time.perf_counter()
         y, backward = self.forward(x, halo, **fused)
-        _observer(self, "forward", time.perf_counter() - start, y)
+        _observer(self, "forward", start, time.perf_counter(), y)
 
         def observed(*args, **options):
             start = time.perf_counter()
@@ -156,7 +163,7 @@ class Module:
             if _observer is not None:
                 # (dx, dadd) of a layer that also adds
                 first = dx[0] if isinstance(dx, tuple) else dx
-                _observer(self, "backward", time.perf_counter() - start, first)
+                _observer(self, "backward", start, time.perf_counter(), first)
             return dx
 
         return y, observed

@@ -97,12 +97,12 @@ def _cells(row):
     )
 
 
-def table(head, rows, rule_before_last=False):
-    """Lines of aligned columns: text that names (the first two) to the left, the rest right."""
+def table(head, rows, rule_before_last=False, left=(0, 1)):
+    """Lines of aligned columns: text that names, the columns `left`, to the left, the rest right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in (head, *rows)

@@ -13,8 +13,8 @@ import zlib
 import numpy as np
 
 from sparsetrain import nn, optim, rng
+from sparsetrain.files import replacing
 from sparsetrain.sparse import Parameter, SparseParameter
-from sparsetrain.train.files import replacing
 from sparsetrain.train.history import History
 
 FORMAT = 1

@@ -3,7 +3,7 @@
 import csv
 
 from sparsetrain import checks
-from sparsetrain.train.files import replacing
+from sparsetrain.files import replacing
 
 COLUMNS = (
     "epoch",

@@ -4,8 +4,8 @@ import statistics
 import time
 
 from sparsetrain import nn
+from sparsetrain.files import replacing
 from sparsetrain.nn.summary import table
-from sparsetrain.train.files import replacing
 
 
 def layer_table(trainer, x, y, steps=10):

@@ -1,0 +1,25 @@
+"""What the command line calls by name: models, and layers to keep dense."""
+
+from sparsetrain.nn import models
+
+MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
+METHODS = ("magnitude", "random")
+DISTRIBUTIONS = ("uniform", "erk", "global")
+
+
+def model(name, image, classes):
+    """The model of MODELS for images of shape `image`, (C, H, W), and so many classes."""
+    channels, height, width = image
+    fitted = {
+        "mlp": {"widths": (height * width, 1024, 1024, classes)},
+        "lenet5": {"image_size": height},
+        "lenet300": {"image_size": height},
+    }
+    make = getattr(models, name.replace("-", "_"))
+    return make(classes, channels, **fitted.get(name, {}))
+
+
+def layers(names, model):
+    """The names with "first" replaced by the layer next to the images."""
+    first = next(name for name, p in model.named_parameters() if len(p.shape) > 1)
+    return [first.rpartition(".")[0] if name == "first" else name for name in names]
