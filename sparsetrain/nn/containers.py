@@ -86,7 +86,10 @@ class Sequential(Module):
             """With add_halo: (dx, dadd), as of BatchNorm2d; dx alone, added to into(dadd), if that is given too."""
             wanted = _gradient_halos(layers, halo)
             dadd = target = None
-            for i in reversed(range(len(layers))):
+            first = _first_to_train(layers) if halo is None and into is None else 0
+            if first:
+                wanted[first:] = [None, *wanted[first + 1 :]][: len(layers) - first]
+            for i in reversed(range(first, len(layers))):
                 if i == 0 and into is not None and len(layers) > 1:
                     target = into(dadd)
                 options = {"into": target} if target is not None and layers[0].fuses_into else {}
@@ -96,6 +99,7 @@ class Sequential(Module):
                     dy = backwards[i](dy, wanted[i], **options)
                 backwards[i] = None  # what it kept is free for the gradients to come
             if into is None:
+                dy = None if first else dy
                 return dy if add_halo is None else (dy, dadd)
             if target is None:
                 target = into(dadd)
@@ -106,6 +110,14 @@ class Sequential(Module):
             return target
 
         return x, backward
+
+
+def _first_to_train(layers):
+    """How many layers at the beginning have no parameters: nobody needs their gradients."""
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Module) or layer.parameters():
+            return i
+    return len(layers)
 
 
 def _gradient_halos(layers, halo):
