@@ -2,7 +2,7 @@
 
 from sparsetrain.nn import models
 from sparsetrain.nn.batchnorm import BatchNorm1d, BatchNorm2d
-from sparsetrain.nn.containers import Residual, Sequential
+from sparsetrain.nn.containers import Residual, Sequential, unfused
 from sparsetrain.nn.conv import Conv2d
 from sparsetrain.nn.dropout import Dropout
 from sparsetrain.nn.flatten import Flatten
@@ -19,5 +19,5 @@ Module.summary = summary
 __all__ = [
     "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout", "Flatten", "Linear",
     "MaxPool2d", "Module", "Parameter", "ReLU", "Residual", "Sequential", "cross_entropy", "models", "mse_loss",
-    "no_grad", "observe", "summary",
+    "no_grad", "observe", "summary", "unfused",
 ]  # fmt: skip
