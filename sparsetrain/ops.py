@@ -97,6 +97,8 @@ def conv2d_bands(x, weight, geometry, moments):
     """conv2d() of a Blocked or Normed x, which is formed band by band. Writes mean and biased variance of y, (O,) each,
     to the pair `moments` unless None."""
     start = time.perf_counter()
+    if isinstance(x, Normed) and x.keep is not None and not geometry.reads_in_step(weight.shape[2:]):
+        x.with_halo(geometry.padding)  # the bands would not form all of what is to be kept
     source, forming = _band_arguments(x, geometry)
     formed = not isinstance(x, Normed) or x.formed is not None
     y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)

@@ -38,6 +38,10 @@ class Geometry:
             for n, p, r, s in zip((height, width), self.padding, self.reach(kernel), self.stride, strict=True)
         )
 
+    def reads_in_step(self, kernel):
+        """Whether each row of the input is read by the output row of its number, and no output row lies too low."""
+        return self.stride[0] == 1 and self.padding[0] <= self.reach(kernel)[0]
+
     def grad_halo(self, kernel):
         """Zero pixels that the input gradient reads around dy."""
         return tuple(

@@ -24,7 +24,8 @@ INLINE void fill_lines(T *out, const Band &rows, long line_step, long side, cons
 
 // The first row of x, or of dx, that belongs to output row `first`.
 template <class T> INLINE long own_row(const Bands<T> &a, long first) {
-    return first >= a.y_shape.height ? a.x_shape.height : first * a.stride < a.x_shape.height ? first * a.stride : a.x_shape.height;
+    const long row = first * a.stride, height = a.x_shape.height;
+    return first < a.y_shape.height && row < height ? row : height;
 }
 
 // The rows of x, or of dx, that belong to the output rows first to last: each row to one band.
@@ -38,7 +39,8 @@ template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &
     for (long c = 0; c < a.x_shape.channels; c++) {
         const T scale = a.scale[c], shift = a.shift[c];
         fill_lines(lines + c * a.x_channel, rows, a.x_row, a.padding[1] * IMAGES, a.x_shape, [&](T *out, long h) {
-            const T *x = pixel_row(a.raw, rows.block, c, h), *other = a.add.data ? pixel_row(a.add, rows.block, c, h) : nullptr;
+            const T *x = pixel_row(a.raw, rows.block, c, h);
+            const T *other = a.add.data ? pixel_row(a.add, rows.block, c, h) : nullptr;
             T *keep = a.keep.data && h >= own.first && h < own.last ? pixel_row(a.keep, rows.block, c, h) : nullptr;
             for_row<T>(width, EACH {
                 V<T> v = load(x + i) * scale + shift;
@@ -66,8 +68,10 @@ template <class T> void form_dy(const Bands<T> &a, const Band &rows, const Lanes
     }
 }
 
-// Adds the band of y to a value near all of it, set by the first band, and the sums of the deviations from it and their squares.
-template <class T> void add_moments(const Bands<T> &a, const Band &b, bool is_first, const Lanes<T> &lanes, double *moments) {
+// Adds a band of y to the moments of its task: a value near all of it, set by the first band, and the sums of the
+// deviations from it and of their squares.
+template <class T>
+void add_moments(const Bands<T> &a, const Band &b, bool is_first, const Lanes<T> &lanes, double *moments) {
     const T *present = lanes[b.block];
     const InLanes<T> in(present);
     double images = 0;

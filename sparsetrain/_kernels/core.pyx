@@ -19,7 +19,8 @@ from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport Bands, BatchNorm, Build, Product, Segment, Shape, View, Windows
 
 
-FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES  # of segments, as in kernels.hh
+# As in kernels.hh.
+FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES
 
 
 # ---- instruction sets and threads
@@ -593,7 +594,8 @@ def pack_values(const floating[::1] weights, const int32_t[::1] source, long row
 cdef class BandPlan:
     """How a convolution runs band by band; plans.py builds it.
 
-    run: output rows of a task; rows: those of a band of it. forward, or gradient and input: the Plans of a band of one image block; input: those of the phases of its dx,
+    run: output rows of a task; rows: those of a band of it. forward, or gradient and input: the Plans of a band of one
+    image block; input: those of the phases of its dx,
     phases_across of them side by side. x_size, dy_size: elements of the scratch that the input (0: it lies in memory) and
     the output's gradient are formed in. parts: into how many the tasks are cut for the weight gradient.
     """
@@ -608,7 +610,8 @@ cdef class BandPlan:
     def __init__(self, *, long run, long rows, long parts, long stride, padding, long reach, Plan forward, Plan gradient, input,
                  long phases_across, long x_size, long dy_size, dy_halo):
         cdef Plan p
-        self.run, self.rows, self.parts, self.stride, self.reach, self.phases_across = run, rows, parts, stride, reach, phases_across
+        self.run, self.rows, self.parts, self.stride, self.reach = run, rows, parts, stride, reach
+        self.phases_across = phases_across
         self.forward, self.gradient, self.input = forward, gradient, tuple(input)
         self.padding[0], self.padding[1] = padding
         self.dy_halo[0], self.dy_halo[1] = dy_halo
@@ -795,7 +798,8 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     same_length("scale", scale.shape[0], x.shape[1])
     same_length("shift", shift.shape[0], x.shape[1])
     same_length("mean", mean.shape[0], x.shape[1])
-    a.x_shape, a.raw, a.dx, a.relu, a.parts, a.sums = shape_of(x, 16 * x.shape[0]), view(x), view(dx), relu, parts, &sums[0, 0, 0]
+    a.x_shape, a.raw, a.dx = shape_of(x, 16 * x.shape[0]), view(x), view(dx)
+    a.relu, a.parts, a.sums = relu, parts, &sums[0, 0, 0]
     a.scale, a.shift, a.x_mean, a.add = &scale[0], &shift[0], &mean[0], maybe(add)
     if add is not None:
         same_shape(x, add)

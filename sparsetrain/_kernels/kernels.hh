@@ -40,7 +40,8 @@ template <class T> struct Product {
     long rows_at_once;      // of a segment
     long extent[3], tile[3], x_step[3], y_step[3];
     long y_channel;
-    // What to fetch of x for a tile: tile[i] * pixels[i] + overlap[i] pixels on axis i, pixel[i] elements apart, from x + origin on
+    // What to fetch of x for a tile: tile[i] * pixels[i] + overlap[i] pixels on axis i, pixel[i] elements apart, from
+    // x + origin on
     long pixels[3], overlap[3], pixel[3], origin, x_channel, channels;
     const T *values;
     const T *bias;           // or null

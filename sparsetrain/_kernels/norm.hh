@@ -27,7 +27,9 @@ template <class T, class F> INLINE void for_row(long width, F f) {
 // The factors 1 and 0 of the lanes of a block, in registers.
 template <class T> struct InLanes {
     V<T> v[IMAGES / Vec<T>::lanes];
-    InLanes(const T *lanes) { UNROLL for (int i = 0; i < IMAGES / Vec<T>::lanes; i++) v[i] = load(lanes + i * Vec<T>::lanes); }
+    InLanes(const T *lanes) {
+        UNROLL for (int i = 0; i < IMAGES / Vec<T>::lanes; i++) v[i] = load(lanes + i * Vec<T>::lanes);
+    }
     INLINE_MEMBER V<T> operator[](int k) const { return v[k % (IMAGES / Vec<T>::lanes)]; }
 };
 

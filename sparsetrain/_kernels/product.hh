@@ -102,7 +102,8 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
 
 // Four weights at a time, so that their sums over the lanes are formed together.
 template <int R, int W, int X_STEP, class T>
-void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const Segment *s, const Segment *end, Ahead<T> &ahead) {
+void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const Segment *s, const Segment *end,
+                Ahead<T> &ahead) {
     constexpr int L = Vec<T>::lanes;
     const long x_row = a.x_step[1], x_col = X_STEP ? X_STEP : a.x_step[2];
     for (; s < end; s++) {
@@ -209,7 +210,8 @@ template <class T> void pack_features(long begin, long end, long blocks, long fe
 }
 
 template <class T>
-void linear_gradient(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad, bool accumulate) {
+void linear_gradient(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad,
+                     bool accumulate) {
     FlushToZero flush;
     constexpr int L = Vec<T>::lanes, U = LINEAR_ROWS, Q = LINEAR_VECTORS;
     for (long first = 0; first < features; first += FEATURES<T>, packed += blocks * IMAGES * FEATURES<T>)
@@ -240,8 +242,10 @@ void linear_gradient(long begin, long end, long blocks, long features, const T *
         }
 }
 
-template <class T> using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *, Ahead<T> &);
-template <class T> using SddmmTile = void (*)(const Product<T> &, const T *, const T *, T *, const Segment *, const Segment *, Ahead<T> &);
+template <class T>
+using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *, Ahead<T> &);
+template <class T>
+using SddmmTile = void (*)(const Product<T> &, const T *, const T *, T *, const Segment *, const Segment *, Ahead<T> &);
 
 // Which tiles are compiled: all that the registers hold, up to R rows of 8 columns, or two longer rows.
 constexpr bool has_tile(int r, int w, int limit) { return r * w <= limit && (w <= 8 || r <= 2); }

@@ -38,6 +38,9 @@ NETS = {
     "a body of one step": lambda: [
         *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(*conv_norm(6, 6, padding=1))), nn.ReLU(),
     ],
+    "a body that reads the rows late": lambda: [
+        *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(*conv_norm(6, 6, 1, padding=1), *conv_norm(6, 6))),
+    ],
     "a residual at the end": lambda: [*conv_norm(3, 6, padding=1), nn.ReLU(), block(6)],
     "a body that begins with another layer": lambda: [
         *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(nn.ReLU(), *conv_norm(6, 6, padding=1))),
