@@ -34,12 +34,15 @@ NETS = {
     ],
     "no ReLU, wide stride": lambda: [*conv_norm(3, 6, 5, padding=(2, 3)), *conv_norm(6, 7, (1, 3), stride=(1, 2))],
     "rows that no output reads": lambda: [*conv_norm(3, 4, 2), nn.ReLU(), *conv_norm(4, 5, 2, stride=2), nn.ReLU()],
-    "a pool reads the norm": lambda: [*conv_norm(3, 6, padding=1), nn.ReLU(), nn.MaxPool2d(2), *conv_norm(6, 6, padding=1)],
+    "a pool reads the norm": lambda: [
+        *conv_norm(3, 6, padding=1), nn.ReLU(), nn.MaxPool2d(2), *conv_norm(6, 6, padding=1),
+    ],
     "a body of one step": lambda: [
         *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(*conv_norm(6, 6, padding=1))), nn.ReLU(),
     ],
     "a body that reads the rows late": lambda: [
-        *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(*conv_norm(6, 6, 1, padding=1), *conv_norm(6, 6))),
+        *conv_norm(3, 6, padding=1), nn.ReLU(),
+        nn.Residual(nn.Sequential(*conv_norm(6, 6, 1, padding=1), *conv_norm(6, 6))),
     ],
     "a residual at the end": lambda: [*conv_norm(3, 6, padding=1), nn.ReLU(), block(6)],
     "a body that begins with another layer": lambda: [
