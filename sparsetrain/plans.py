@@ -537,6 +537,7 @@ def backward_bands(structure, geometry, x, y, dx, formed):
     """(BandPlan, Passes of the input gradient) of y = W x. dx may be None."""
     kernel = structure.shape[2:]
     reach, halo, stride = geometry.reach(kernel), geometry.grad_halo(kernel), geometry.stride
+    halo = max(halo[0], -(-geometry.padding[0] // stride[0])), halo[1]  # a row of dx may read rows of dy below its own
     blocks, out, height, width, _ = y.array.shape
     line_bytes = 0 if formed else stride[0] * _line_bytes(x, 2 * geometry.padding[1])
     run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 2 * halo[1]))

@@ -44,6 +44,9 @@ NETS = {
         *conv_norm(3, 6, padding=1), nn.ReLU(),
         nn.Residual(nn.Sequential(*conv_norm(6, 6, 1, padding=1), *conv_norm(6, 6))),
     ],
+    "as much padding as there are taps": lambda: [
+        *conv_norm(3, 4, 3, padding=2), nn.ReLU(), *conv_norm(4, 5, 2, padding=1),
+    ],
     "a residual at the end": lambda: [*conv_norm(3, 6, padding=1), nn.ReLU(), block(6)],
     "a body that begins with another layer": lambda: [
         *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(nn.ReLU(), *conv_norm(6, 6, padding=1))),
