@@ -83,7 +83,8 @@ def test_two_processes_choose_the_same(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SPARSETRAIN_ISA": st.get_isa()}
     for threads in ("1", "2"):
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / threads), threads]
-        subprocess.run(command, env=environment, check=True, timeout=60)
+        # Not in the checkout, whose package would shadow the installed one.
+        subprocess.run(command, cwd=tmp_path.parent, env=environment, check=True, timeout=60)
     run(net())
     choices.save(tmp_path / "here")
     texts = {path.read_bytes() for path in tmp_path.iterdir()}

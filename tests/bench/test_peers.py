@@ -11,11 +11,12 @@ SCRIPTS = Path(__file__).parents[2] / "bench"
 
 
 def python(code):
-    variables = {**os.environ, "PYTHONPATH": f"{SCRIPTS}{os.pathsep}{Path(sparsetrain.__file__).parents[1]}"}
+    """What it prints, run in the scripts' folder: in the checkout's, its package would shadow the installed one."""
+    variables = {**os.environ, "PYTHONPATH": str(Path(sparsetrain.__file__).parents[1])}
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         variables.pop(name, None)
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=SCRIPTS, env=variables, capture_output=True, text=True, check=True).stdout
 
 
 def test_peers_do_not_inherit_how_our_threads_wait():
