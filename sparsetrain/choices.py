@@ -5,10 +5,9 @@ Every choice is a function of whole numbers and the instruction set, so two proc
 
 import functools
 import json
-from pathlib import Path
 
 from sparsetrain._kernels import core
-from sparsetrain.files import replacing
+from sparsetrain.files import read_json, replacing
 
 FORMAT, SCHEMA = "sparsetrain plans", 1
 
@@ -72,14 +71,7 @@ def load(path):
     cannot run; OSError if it cannot be read.
     """
     global _edition
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path} has no plans: it was not written by sparsetrain")
-    if found.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {found.get('schema')!r}, this version reads {SCHEMA}")
+    found = read_json(path, FORMAT, SCHEMA)
     if not isinstance(found.get("choices"), list):
         raise ValueError(f"{path} has no list 'choices'")
     read = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import threadpoolctl
 
 import sparsetrain as st
-from sparsetrain import checks, choices, data, named, optim, profile_command
+from sparsetrain import checks, choices, data, named, optim, options, profile_command
 from sparsetrain._kernels import threads
 from sparsetrain.bench import command as bench
 from sparsetrain.bench.machine import caches
@@ -127,19 +127,15 @@ def _parser():
     parser = _Parser("sparsetrain", description="Train neural networks with sparse weights.")
     parser.add_argument("--version", action="version", version=f"sparsetrain {st.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | profile | bench | info")
-    train = commands.add_parser(
+    options.add_parser(
+        commands,
         "train",
+        OPTIONS,
         help="train a model on images",
         description="Train a model with sparse weights on images, and the same model dense to "
         "compare. Writes a run folder with config.json, history.csv, checkpoint.npz (the dense "
         "model's in dense/), and curves.png where matplotlib is installed.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    for name, (default, settings, text) in OPTIONS.items():
-        if default is not None and not isinstance(default, bool):
-            text += f" (default: {' '.join(default) if isinstance(default, list) else default})"
-        train.add_argument(f"--{name}", **settings).help = text
     profile_command.add_parser(commands)
     bench.add_parser(commands)
     commands.add_parser("info", help="versions, instruction sets, threads, caches, data sets")
@@ -177,16 +173,16 @@ def _train(given):
 
 def _options(given):
     """Every option, resolved and checked, and the run folder."""
-    options = {name.replace("-", "_"): default for name, (default, _, _) in OPTIONS.items()}
+    found = options.defaults(OPTIONS)
     folder = given.get("resume")
     if folder is not None:
         folder = Path(folder)
-        options |= _read_config(folder)
+        found |= _read_config(folder)
         for name in given:
             if name not in ON_RESUME:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} cannot be given with --resume, whose run has its own")
-    o = argparse.Namespace(**options | given)
+    o = argparse.Namespace(**found | given)
     choices = {
         "data": data.NAMES,
         "model": MODELS,
@@ -231,10 +227,10 @@ def _read_config(folder):
 
 def _write_config(o, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    options = {name: value for name, value in vars(o).items() if name not in ("resume", "quiet")}
+    given = {name: value for name, value in vars(o).items() if name not in ("resume", "quiet")}
     ran_with = {"isa": st.get_isa(), "threads": st.get_num_threads(), "versions": _versions()}
     with replacing(folder / "config.json") as file:
-        json.dump({"options": options, "ran_with": ran_with}, file, indent=2)
+        json.dump({"options": given, "ran_with": ran_with}, file, indent=2)
         file.write("\n")
 
 

@@ -1,6 +1,7 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Files that are there whole or not at all, and the JSON files that say what they are."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -24,3 +25,17 @@ def replacing(path, mode="w"):
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json(path, name, schema):
+    """The dict in a file whose "format" is name and "schema" is schema; ValueError if it has another or is malformed,
+    OSError if it cannot be read."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("format") != name:
+        raise ValueError(f"{path} has no {name}: it was not written by sparsetrain")
+    if found.get("schema") != schema:
+        raise ValueError(f"{path} has schema {found.get('schema')!r} of {name}, this version reads {schema}")
+    return found

@@ -82,15 +82,17 @@ def can_band(x, weight, geometry):
 
 
 def _band_arguments(x, geometry):
-    """(x or what it is formed of, what forms it for core's functions)."""
+    """(x or what it is formed of, what the bands read: that or x itself where it is formed already, whether they read x
+    itself, what forms it for core's functions)."""
     if not isinstance(x, Normed):
-        return x.with_halo(geometry.padding), {}
+        x = x.with_halo(geometry.padding)
+        return x, x, True, {}
     add = None if x.add is None else x.add.array
     forming = {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu, "add": add}
     if x.formed is not None:
         x.formed = x.with_halo(geometry.padding)
         forming["formed"] = x.formed.array
-    return x.x, forming
+    return x.x, x.formed or x.x, x.formed is not None, forming
 
 
 def conv2d_bands(x, weight, geometry, moments):
@@ -99,10 +101,8 @@ def conv2d_bands(x, weight, geometry, moments):
     start = time.perf_counter()
     if isinstance(x, Normed) and x.keep is not None and not geometry.reads_in_step(weight.shape[2:]):
         x.with_halo(geometry.padding)  # the bands would not form all of what is to be kept
-    source, forming = _band_arguments(x, geometry)
-    formed = not isinstance(x, Normed) or x.formed is not None
+    source, lies, formed, forming = _band_arguments(x, geometry)
     y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)
-    lies = x.formed if formed and isinstance(x, Normed) else source
     build = partial(plans.forward_bands, formed=formed)
     plan, step = _planned(weight, ("forward bands", formed), geometry, build, lies, y)
     keep = None
@@ -127,9 +127,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     NormedGradient.
     """
     start = time.perf_counter()
-    source, forming = _band_arguments(x, geometry)
-    formed = not isinstance(x, Normed) or x.formed is not None
-    lies = x.formed if formed and isinstance(x, Normed) else source
+    source, lies, formed, forming = _band_arguments(x, geometry)
     dx = None if halo is None else x.like(halo) if into is None else into
     build = partial(plans.backward_bands, formed=formed)
     if dx is None:

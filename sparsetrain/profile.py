@@ -8,7 +8,6 @@ import time
 import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from sparsetrain._kernels import core
 from sparsetrain.arrays import IMAGES
 from sparsetrain.bench import analysis, load, machine
 from sparsetrain.bench.report import machine_lines, ms
-from sparsetrain.files import replacing
+from sparsetrain.files import read_json, replacing
 from sparsetrain.nn import containers
 from sparsetrain.nn.fusing import run_with
 from sparsetrain.nn.module import watch
@@ -130,14 +129,7 @@ class Profile:
     @classmethod
     def load(cls, path):
         """The Profile that was saved at path; ValueError if the file has none."""
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not whole JSON: {error}") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"{path} was not written by sparsetrain profile")
-        if found.get("schema") != SCHEMA:
-            raise ValueError(f"{path} has schema {found.get('schema')!r}, this version reads {SCHEMA}")
+        found = read_json(path, FORMAT, SCHEMA)
         try:
             return cls(found["about"], [Row(**row) for row in found["rows"]], found["seconds"])
         except (KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import sparsetrain as st
-from sparsetrain import checks, choices, named
+from sparsetrain import checks, choices, named, options
 from sparsetrain.bench.measure import NETS
 
 # Default, argparse's settings, help. Where the default is None the help explains it.
@@ -38,18 +38,14 @@ OPTIONS = {
 
 def add_parser(commands):
     """Add `profile` to the subparsers of the command line."""
-    parser = commands.add_parser(
+    options.add_parser(
+        commands,
         "profile",
+        OPTIONS,
         help="what each layer and pass of a training step costs",
         description="Run training steps of a model with random weights on random images and print, for each layer and "
         "pass, its time, speed, bytes, share of the roofline, kernel and tile, and what runs in the same pass.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    for name, (default, settings, text) in OPTIONS.items():
-        if default is not None and not isinstance(default, bool):
-            text += f" (default: {' '.join(default) if isinstance(default, list) else default})"
-        parser.add_argument(f"--{name}", **settings).help = text
 
 
 def run(given):
@@ -82,8 +78,7 @@ def run(given):
 
 def _options(given):
     """Every option, resolved and checked."""
-    options = {name.replace("-", "_"): default for name, (default, _, _) in OPTIONS.items()}
-    o = argparse.Namespace(**options | given)
+    o = argparse.Namespace(**options.defaults(OPTIONS) | given)
     checks.one_of("--model", o.model, named.MODELS)
     checks.one_of("--distribution", o.distribution, named.DISTRIBUTIONS)
     image, batch = NETS[o.model]

@@ -201,9 +201,9 @@ def test_a_choice_that_cannot_run_is_refused(kind, of, words, tmp_path, monkeypa
     "text, words",
     [
         ("{", "is not whole JSON"),
-        ("[]", "has no plans"),
-        ('{"format": "sparsetrain bench"}', "has no plans"),
-        ('{"format": "sparsetrain plans", "schema": 2}', "has schema 2, this version reads 1"),
+        ("[]", "has no sparsetrain plans"),
+        ('{"format": "sparsetrain bench"}', "has no sparsetrain plans"),
+        ('{"format": "sparsetrain plans", "schema": 2}', "has schema 2 of sparsetrain plans, this version reads 1"),
         ('{"format": "sparsetrain plans", "schema": 1}', "has no list 'choices'"),
         ('{"format": "sparsetrain plans", "schema": 1, "choices": [1]}', "choices[0]: must have choice, isa"),
         (

@@ -9,7 +9,20 @@ import sparsetrain
 
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
-    *("_kernels", "version", "checks", "files", "rng", "arrays", "record", "normed", "sparse", "choices", "plans"),
+    *(
+        "_kernels",
+        "version",
+        "checks",
+        "files",
+        "options",
+        "rng",
+        "arrays",
+        "record",
+        "normed",
+        "sparse",
+        "choices",
+        "plans",
+    ),
     *("ops", "nn", "optim", "sparsity"),
     *("backprop", "data", "train", "bench", "profile", "__init__", "named", "profile_command", "cli", "__main__"),
 ]

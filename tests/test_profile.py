@@ -246,8 +246,8 @@ def test_a_saved_profile_comes_back(tmp_path):
     assert again == profile and str(again) == str(profile)
     assert isinstance(again.rows[0], Row)
     for change, words in (
-        ({"format": "x"}, "was not written by sparsetrain profile"),
-        ({"schema": 2}, "schema 2, this version reads 1"),
+        ({"format": "x"}, "has no sparsetrain profile"),
+        ({"schema": 2}, "schema 2 of sparsetrain profile, this version reads 1"),
         ({"rows": [{"layer": "0"}]}, "no whole profile"),
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sparsetrain import checks
+from sparsetrain import checks, options
 from sparsetrain._kernels import core
 from sparsetrain.bench import compare, load, machine, measure, plot, report, results, shapes
 from sparsetrain.version import VERSION
@@ -18,53 +18,48 @@ NET_SPARSITIES = (0, 0.8, 0.9, 0.95, 0.99)
 USUAL_NETS = ("lenet5", "mlp", "resnet20")
 SCALING_SPARSITY = 0.9
 
-# Default, what --quick makes of it, argparse's settings, help. Where the default is None the help explains it.
+# Default, argparse's settings, help. Where the default is None the help explains it.
 OPTIONS = {
     "layers": (
-        None,
         None,
         {"nargs": "+", "metavar": "GLOB"},
         "layers by name, such as 'conv3x3*', or none (default: all of --shapes)",
     ),
-    "shapes": (None, None, {"metavar": "FILE"}, "text file of layer shapes (default: eight usual layers)"),
-    "nets": (USUAL_NETS, ["lenet5"], {"nargs": "+", "metavar": "NAME"}, f"nets: {', '.join(measure.NETS)}; or none"),
+    "shapes": (None, {"metavar": "FILE"}, "text file of layer shapes (default: eight usual layers)"),
+    "nets": (USUAL_NETS, {"nargs": "+", "metavar": "NAME"}, f"nets: {', '.join(measure.NETS)}; or none"),
     "sparsity": (
         None,
-        NET_SPARSITIES,
         {"nargs": "+", "type": float, "metavar": "S"},
         "sparsities of layers and nets, in [0, 1) "
         f"(default: {' '.join(f'{s:g}' for s in LAYER_SPARSITIES)}, fewer for nets)",
     ),
-    "threads": (None, None, {"type": int}, "threads (default: as many as this process may use)"),
-    "isa": (None, None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
-    "repeats": (7, 3, {"type": int}, "repetitions of each case"),
-    "budget": (90.0, 12.0, {"type": float, "metavar": "SECONDS"}, "stop repeating after so long; all runs once"),
-    "out": (None, None, {"metavar": "FOLDER"}, "new folder for bench.json and figures (default: runs/bench-TIME)"),
-    "quick": (False, True, {"action": "store_true"}, "little of everything in 15 seconds (default: no)"),
+    "threads": (None, {"type": int}, "threads (default: as many as this process may use)"),
+    "isa": (None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
+    "repeats": (7, {"type": int}, "repetitions of each case"),
+    "budget": (90.0, {"type": float, "metavar": "SECONDS"}, "stop repeating after so long; all runs once"),
+    "out": (None, {"metavar": "FOLDER"}, "new folder for bench.json and figures (default: runs/bench-TIME)"),
+    "quick": (False, {"action": "store_true"}, "little of everything in 15 seconds (default: no)"),
     "compare": (
-        None,
         None,
         {"nargs": 2, "metavar": ("A.json", "B.json")},
         "measure nothing, compare two results (default: none)",
     ),
 }
+# The defaults with --quick, where they are others.
+QUICK = {"nets": ["lenet5"], "sparsity": NET_SPARSITIES, "repeats": 3, "budget": 12.0}
 
 
 def add_parser(commands):
     """Add `bench` to the subparsers of the command line."""
-    parser = commands.add_parser(
+    options.add_parser(
+        commands,
         "bench",
+        OPTIONS,
         help="measure the machine, layers and nets",
         description="Measure the machine's peak and bandwidths, then layers and training steps over sparsity, threads "
         "and batch. Prints tables; writes a folder with bench.json and, where matplotlib is installed, roofline.png, "
         "sparsity.png, weights.png and scaling.png.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    for name, (default, _, settings, text) in OPTIONS.items():
-        if default is not None and not isinstance(default, bool):
-            text += f" (default: {' '.join(default) if isinstance(default, tuple) else f'{default:g}'})"
-        parser.add_argument(f"--{name}", **settings).help = text
 
 
 def run(given):
@@ -104,8 +99,7 @@ def run(given):
 
 def _options(given):
     """Every option, resolved and checked, the chosen layers, and the folder."""
-    column = 1 if given.get("quick") else 0
-    o = argparse.Namespace(**{name: values[column] for name, values in OPTIONS.items()} | given)
+    o = argparse.Namespace(**options.defaults(OPTIONS) | (QUICK if given.get("quick") else {}) | given)
     layers = [] if o.layers == ["none"] else shapes.read(o.shapes or shapes.DEFAULT)
     if o.layers not in (None, ["none"]):
         try:

@@ -3,10 +3,9 @@
 import json
 import math
 import statistics
-from pathlib import Path
 
 from sparsetrain.bench import analysis, shapes
-from sparsetrain.files import replacing
+from sparsetrain.files import read_json, replacing
 
 FORMAT, SCHEMA = "sparsetrain bench", 1
 PARTS = {"forward", "backward", "step"}
@@ -85,14 +84,7 @@ def write(path, report):
 
 def read(path):
     """The report in a file; ValueError says why it cannot be one, OSError where there is none."""
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by sparsetrain bench")
-    if report.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {report.get('schema')!r}, this version reads {SCHEMA}: run it again")
+    report = read_json(path, FORMAT, SCHEMA)
     for name, kind in (("machine", dict), ("ran_with", dict), ("load", dict), ("limits", list), ("cases", list)):
         if not isinstance(report.get(name), kind):
             raise ValueError(f"{path} has no {name!r}")

@@ -76,9 +76,12 @@ def test_machines_that_differ_are_shown(tmp_path):
     [
         ("", "not whole JSON"),
         ('{"format": "sparsetrain bench", "sch', "not whole JSON"),
-        ("[]", "not written by sparsetrain bench"),
-        ('{"machine": {}, "results": []}', "not written by sparsetrain bench"),
-        (json.dumps({"format": results.FORMAT, "schema": 0}), "has schema 0, this version reads 1"),
+        ("[]", "has no sparsetrain bench"),
+        ('{"machine": {}, "results": []}', "has no sparsetrain bench"),
+        (
+            json.dumps({"format": results.FORMAT, "schema": 0}),
+            "has schema 0 of sparsetrain bench, this",
+        ),
         (json.dumps({"format": results.FORMAT, "schema": 1, "machine": {}}), "has no 'ran_with'"),
     ],
 )
