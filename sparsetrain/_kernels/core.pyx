@@ -15,6 +15,11 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 from sparsetrain._kernels import memory
 from sparsetrain._kernels import threads as _threads
 
+cdef extern from "placement.hh":
+    cppclass Placement:
+        void settle() nogil
+    double seconds() nogil
+
 from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport Bands, BatchNorm, Build, Product, Segment, Shape, View, Windows
 
@@ -77,8 +82,25 @@ set_isa(os.environ.get("SPARSETRAIN_ISA") or available_isas()[0])
 cdef enum:
     SERIAL = 8192
 
+# Workers look for work about 150 us long before they sleep (see __init__.py); one that slept may wake in the wrong place.
+cdef double ASLEEP = 200e-6
+cdef double _last_team = 0
+
+
 cdef int team(long tasks, double work) noexcept:
-    return 1 if work < <double>SERIAL or tasks < 2 else min(_n_threads, tasks)
+    """How many threads should share so many tasks, each of which is then on a CPU of its own."""
+    global _last_team
+    cdef:
+        int threads = 1 if work < <double>SERIAL or tasks < 2 else min(_n_threads, tasks), t
+        double now
+        Placement placement
+    if threads > 1:
+        now = seconds()
+        if now - _last_team > ASLEEP:
+            for t in prange(threads, nogil=True, num_threads=threads, schedule="static", chunksize=1):
+                placement.settle()
+        _last_team = now
+    return threads
 
 
 cdef long chunks_of(long n, int threads) noexcept:

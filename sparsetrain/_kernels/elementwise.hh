@@ -5,20 +5,28 @@ template <class T> INLINE T *pixel_row(const View<T> &v, long b, long c, long h)
 }
 
 // Calls f(block, channel, pixel row) for the planes [begin, end).
-template <class F> INLINE void for_rows(const Shape &s, long begin, long end, F f) {
-    for (long plane = begin; plane < end; plane++)
-        for (long h = 0; h < s.height; h++) f(plane / s.channels, plane % s.channels, h);
+// f(block, channel, row, its pixels) for a range of planes. Planes of one pixel that lie next to each other in all arrays,
+// as the features of a linear layer do, are one row up to the end of the block: ReLU's gradient of 1024
+// features of 128 images takes 0.008 ms so, and 0.016 ms one by one.
+template <class F, class... Views>
+INLINE void for_rows(const Shape &s, long begin, long end, F f, const Views &...views) {
+    const bool features = sizeof...(views) && s.height * s.width == 1 && (... && (views.channel == IMAGES));
+    for (long plane = begin, next; plane < end; plane = next) {
+        const long b = plane / s.channels, stop = (b + 1) * s.channels;
+        next = !features ? plane + 1 : stop < end ? stop : end;
+        for (long h = 0; h < s.height; h++) f(b, plane % s.channels, h, features ? next - plane : s.width);
+    }
 }
 
 // z = f(x, y), a register at a time.
 template <class T, class F>
 INLINE void map2(const Shape &s, View<T> x, View<T> y, View<T> z, long begin, long end, F f) {
     FlushToZero flush;
-    for_rows(s, begin, end, [&](long b, long c, long h) {
+    for_rows(s, begin, end, [&](long b, long c, long h, long pixels) {
         const T *xr = pixel_row(x, b, c, h), *yr = pixel_row(y, b, c, h);
         T *zr = pixel_row(z, b, c, h);
-        for (long i = 0; i < s.width * IMAGES; i += Vec<T>::lanes) store(zr + i, f(load(xr + i), load(yr + i)));
-    });
+        for (long i = 0; i < pixels * IMAGES; i += Vec<T>::lanes) store(zr + i, f(load(xr + i), load(yr + i)));
+    }, x, y, z);
 }
 
 // NaN stays NaN, as it would be in PyTorch.
@@ -34,9 +42,9 @@ template <class T> void add(Shape s, View<T> a, View<T> b, View<T> y, long begin
 }
 
 template <class T> void copy(Shape s, View<T> x, View<T> y, long begin, long end) {
-    for_rows(s, begin, end, [&](long b, long c, long h) {
-        __builtin_memcpy(pixel_row(y, b, c, h), pixel_row(x, b, c, h), s.width * IMAGES * sizeof(T));
-    });
+    for_rows(s, begin, end, [&](long b, long c, long h, long pixels) {
+        __builtin_memcpy(pixel_row(y, b, c, h), pixel_row(x, b, c, h), pixels * IMAGES * sizeof(T));
+    }, x, y);
 }
 
 // A random number of an element is a hash of its place in (images, channels, height, width) and the seed:
@@ -53,7 +61,7 @@ void dropout(Shape s, View<T> x, View<T> y, double keep, uint64_t seed, long beg
     const uint32_t lo = (uint32_t)seed, hi = (uint32_t)(seed >> 32);
     const uint64_t below = (uint64_t)(keep * 4294967296.0);
     const T scale = keep > 0 ? T(1 / keep) : T(0);
-    for_rows(s, begin, end, [&](long b, long c, long h) {
+    for_rows(s, begin, end, [&](long b, long c, long h, long) {
         const T *xr = pixel_row(x, b, c, h);
         T *yr = pixel_row(y, b, c, h);
         for (long w = 0; w < s.width; w++)
@@ -65,32 +73,40 @@ void dropout(Shape s, View<T> x, View<T> y, double keep, uint64_t seed, long beg
     });
 }
 
-// Tiles of 16 pixels x 16 images, so that both sides are met in whole cache lines.
+// The n pixels of a row, or the features, of 16 images that lie `image` apart, those from `images` on taken as zero.
+template <class T> INLINE void interleave(const T *x, long image, long images, long n, T *y) {
+    constexpr int L = Vec<T>::lanes;
+    long w = 0;
+    for (; images == IMAGES && w + L <= n; w += L)
+        for (long lane = 0; lane < IMAGES; lane += L) {
+            V<T> v[L];
+            UNROLL for (int i = 0; i < L; i++) v[i] = load(x + (lane + i) * image + w);
+            transpose<T>(v);
+            UNROLL for (int i = 0; i < L; i++) store(y + (w + i) * IMAGES + lane, v[i]);
+        }
+    for (; w < n; w++)
+        for (long i = 0; i < IMAGES; i++) y[w * IMAGES + i] = i < images ? x[i * image + w] : T(0);
+}
+
 template <class T> void to_blocked(Shape s, const T *x, View<T> y, long begin, long end) {
     const long image = s.channels * s.height * s.width;
-    for_rows(s, begin, end, [&](long b, long c, long h) {
+    for_rows(s, begin, end, [&](long b, long c, long h, long pixels) {
         const T *xr = x + b * IMAGES * image + (c * s.height + h) * s.width;
-        T *yr = pixel_row(y, b, c, h);
         const long images = s.images - b * IMAGES < IMAGES ? s.images - b * IMAGES : IMAGES;
-        for (long first = 0; first < s.width; first += 16) {
-            const long last = first + 16 < s.width ? first + 16 : s.width;
-            for (long i = 0; i < images; i++)
-                for (long w = first; w < last; w++) yr[w * IMAGES + i] = xr[i * image + w];
-            for (long i = images; i < IMAGES; i++)
-                for (long w = first; w < last; w++) yr[w * IMAGES + i] = 0;
-        }
-    });
+        interleave(xr, image, images, pixels, pixel_row(y, b, c, h));
+    }, y);
 }
 template <class T> void from_blocked(Shape s, View<T> x, T *y, long begin, long end) {
     const long image = s.channels * s.height * s.width;
-    for_rows(s, begin, end, [&](long b, long c, long h) {
+    // Tiles of 16 pixels x 16 images, so that both sides are met in whole cache lines.
+    for_rows(s, begin, end, [&](long b, long c, long h, long pixels) {
         const T *xr = pixel_row(x, b, c, h);
         T *yr = y + b * IMAGES * image + (c * s.height + h) * s.width;
         const long images = s.images - b * IMAGES < IMAGES ? s.images - b * IMAGES : IMAGES;
-        for (long first = 0; first < s.width; first += 16) {
-            const long last = first + 16 < s.width ? first + 16 : s.width;
+        for (long first = 0; first < pixels; first += 16) {
+            const long last = first + 16 < pixels ? first + 16 : pixels;
             for (long i = 0; i < images; i++)
                 for (long w = first; w < last; w++) yr[i * image + w] = xr[w * IMAGES + i];
         }
-    });
+    }, x);
 }

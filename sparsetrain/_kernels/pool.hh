@@ -15,7 +15,7 @@ template <class T>
 void max_pool(Shape, Shape ys, View<T> x, View<T> y, Windows h, Windows w, long begin, long end) {
     FlushToZero flush;
     const bool two = pairs(h, ys.height) && pairs(w, ys.width);
-    for_rows(ys, begin, end, [&](long b, long c, long oh) {
+    for_rows(ys, begin, end, [&](long b, long c, long oh, long) {
         T *out = pixel_row(y, b, c, oh);
         if (two) {
             const T *top = pixel_row(x, b, c, 2 * oh), *low = top + x.row;
@@ -83,7 +83,7 @@ void max_pool_backward(Shape xs, Shape ys, View<T> x, View<T> y, View<T> dy, Vie
 
 template <class T> void avg_pool(Shape ys, View<T> x, View<T> y, Windows h, Windows w, long begin, long end) {
     FlushToZero flush;
-    for_rows(ys, begin, end, [&](long b, long c, long oh) {
+    for_rows(ys, begin, end, [&](long b, long c, long oh, long) {
         T *out = pixel_row(y, b, c, oh);
         for (long ow = 0; ow < ys.width; ow++)
             for (long lane = 0; lane < IMAGES; lane += Vec<T>::lanes) {

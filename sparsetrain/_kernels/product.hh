@@ -198,14 +198,19 @@ constexpr int LINEAR_ROWS = REGISTERS == 32 ? 8 : 4, LINEAR_VECTORS = 3;
 template <class T> constexpr long FEATURES = LINEAR_VECTORS * Vec<T>::lanes;
 
 template <class T> void pack_features(long begin, long end, long blocks, long features, View<T> x, T *packed) {
+    constexpr int L = Vec<T>::lanes;
     for (long group = begin; group < end; group++)
         for (long b = 0; b < blocks; b++) {
             T *out = packed + (group * blocks + b) * IMAGES * FEATURES<T>;
             const long real = features - group * FEATURES<T> < FEATURES<T> ? features - group * FEATURES<T> : FEATURES<T>;
-            for (long f = 0; f < FEATURES<T>; f++) {
-                const T *in = x.data + b * x.block + (group * FEATURES<T> + f) * x.channel;
-                for (long i = 0; i < IMAGES; i++) out[i * FEATURES<T> + f] = f < real ? in[i] : T(0);
-            }
+            const T *in = x.data + b * x.block + group * FEATURES<T> * x.channel;
+            for (long f = 0; f < FEATURES<T>; f += L)
+                for (long lane = 0; lane < IMAGES; lane += L) {
+                    V<T> v[L];
+                    UNROLL for (int i = 0; i < L; i++) v[i] = f + i < real ? load(in + (f + i) * x.channel + lane) : V<T>{};
+                    transpose<T>(v);
+                    UNROLL for (int i = 0; i < L; i++) store(out + (lane + i) * FEATURES<T> + f, v[i]);
+                }
         }
 }
 

@@ -72,6 +72,25 @@ template <class T> INLINE T sum(V<T> v) {
     return out[0];
 }
 
+// Rows become columns: each round interleaves the first half of the registers with the second.
+template <class T> INLINE void transpose(V<T> *v) {
+    constexpr int L = Vec<T>::lanes;
+    UNROLL for (int round = 1; round < L; round *= 2) {
+        V<T> in[L];
+        UNROLL for (int i = 0; i < L; i++) in[i] = v[i];
+        UNROLL for (int i = 0; i < L / 2; i++) {
+            const V<T> a = in[i], b = in[i + L / 2];
+            if constexpr (L == 2) v[2 * i] = SHUFFLE(a, b, 0, 2), v[2 * i + 1] = SHUFFLE(a, b, 1, 3);
+            else if constexpr (L == 4) v[2 * i] = SHUFFLE(a, b, 0, 4, 1, 5), v[2 * i + 1] = SHUFFLE(a, b, 2, 6, 3, 7);
+            else if constexpr (L == 8)
+                v[2 * i] = SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11), v[2 * i + 1] = SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+            else
+                v[2 * i] = SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                v[2 * i + 1] = SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    }
+}
+
 // Subnormals cost up to 2x on Zen 5 and appear by themselves in sparse training. The flag belongs to
 // the thread: set while a kernel runs and put back after, so that Python never sees it.
 struct FlushToZero {
