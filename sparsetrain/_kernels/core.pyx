@@ -82,21 +82,22 @@ set_isa(os.environ.get("SPARSETRAIN_ISA") or available_isas()[0])
 cdef enum:
     SERIAL = 8192
 
-# Workers look for work about 150 us long before they sleep (see __init__.py); one that slept may wake in the wrong place.
-cdef double ASLEEP = 200e-6
-cdef double _last_team = 0
+# Where threads are is looked at after pauses in which workers sleep (see __init__.py), and now and then; it takes 2 to 5 us.
+cdef double PAUSE = 200e-6, NOW_AND_THEN = 20e-3
+cdef double _last_team = 0, _last_look = 0
 
 
 cdef int team(long tasks, double work) noexcept:
     """How many threads should share so many tasks, each of which is then on a CPU of its own."""
-    global _last_team
+    global _last_team, _last_look
     cdef:
         int threads = 1 if work < <double>SERIAL or tasks < 2 else min(_n_threads, tasks), t
         double now
         Placement placement
     if threads > 1:
         now = seconds()
-        if now - _last_team > ASLEEP:
+        if now - _last_team > PAUSE or now - _last_look > NOW_AND_THEN:
+            _last_look = now
             for t in prange(threads, nogil=True, num_threads=threads, schedule="static", chunksize=1):
                 placement.settle()
         _last_team = now
