@@ -22,12 +22,11 @@ class Norm:
     training: bool  # mean and var are those of x
 
     def __post_init__(self):
-        dtype = self.gamma.dtype
-        inverse = 1 / np.sqrt(self.var.astype(np.float64) + self.eps)
-        scale = (self.gamma * inverse).astype(dtype)
+        inverse, scale, shift = np.empty(len(self.gamma)), np.empty_like(self.gamma), np.empty_like(self.gamma)
+        core.batch_norm_line(self.gamma, self.beta, self.mean, self.var, self.eps, inverse, scale, shift)
         object.__setattr__(self, "inverse", inverse)
         object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "shift", self.beta - self.mean * scale)
+        object.__setattr__(self, "shift", shift)
 
 
 class Normed:

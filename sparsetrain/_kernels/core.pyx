@@ -10,6 +10,7 @@ import numpy as np
 
 from cython cimport floating
 from cython.parallel cimport prange, threadid
+from libc.math cimport sqrt
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from sparsetrain._kernels import memory
@@ -312,6 +313,30 @@ def batch_norm_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, fl
     chunks = chunks_of(n, threads)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.batch_norm_backward(&a, n * c // chunks, n * (c + 1) // chunks)
+
+
+def batch_norm_line(const floating[::1] gamma, const floating[::1] beta, const floating[::1] mean,
+                    const floating[::1] var, double eps, double[::1] inverse, floating[::1] scale, floating[::1] shift):
+    """inverse[:], scale[:] and shift[:] = 1 / sqrt(var + eps), gamma inverse and beta - mean scale: y = x scale + shift."""
+    cdef long n = gamma.shape[0], c
+    same_length("beta", beta.shape[0], n)
+    same_length("mean", mean.shape[0], n)
+    same_length("var", var.shape[0], n)
+    same_length("inverse", inverse.shape[0], n)
+    same_length("scale", scale.shape[0], n)
+    same_length("shift", shift.shape[0], n)
+    for c in range(n):  # OUT inverse, scale, shift
+        inverse[c] = 1 / sqrt(var[c] + eps)
+        scale[c] = <floating>(gamma[c] * inverse[c])
+        shift[c] = beta[c] - mean[c] * scale[c]
+
+
+def move_towards(floating[::1] values, const floating[::1] target, double factor, double share):
+    """values[:] += share (factor target - values)."""
+    cdef long c
+    same_length("target", target.shape[0], values.shape[0])
+    for c in range(values.shape[0]):
+        values[c] += <floating>share * (<floating>factor * target[c] - values[c])  # OUT
 
 
 def bias_grad(floating[:, :, :, :, :] dy, floating[::1] db, bint accumulate):

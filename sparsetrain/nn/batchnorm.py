@@ -53,9 +53,8 @@ class BatchNorm2d(Module):
         """In training, move the running mean and variance towards those of a batch with so many values a channel."""
         if not self.training:
             return
-        momentum = mean.dtype.type(self.momentum)
-        self.running_mean += momentum * (mean - self.running_mean)
-        self.running_var += momentum * (var * mean.dtype.type(values / (values - 1)) - self.running_var)
+        core.move_towards(self.running_mean, mean, 1.0, self.momentum)
+        core.move_towards(self.running_var, var, values / (values - 1), self.momentum)
         self.num_batches_tracked += 1
 
     def forward(self, x, halo, add=None, relu=False):
