@@ -5,7 +5,7 @@ the halo that its consumer wants. Parameters' gradients are written through Para
 """
 
 import time
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 
@@ -25,6 +25,23 @@ def _planned(weight, kind, geometry, build, *blocked):
     return plan
 
 
+def _dense_if_faster(operation):
+    """The operation, with all weights, zeros too, where so few are removed that the dense kernels are faster."""
+
+    @wraps(operation)
+    def run(x, weight, *arguments, **options):
+        if not plans.is_nearly_dense(weight.structure, x.shape[1]):
+            return operation(x, weight, *arguments, **options)
+        full = weight.full()
+        result = operation(x, full, *arguments, **options)
+        if full.grad is not None:
+            weight.collect()
+        return result
+
+    return run
+
+
+@_dense_if_faster
 def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     """y = W * x + b.
 
@@ -43,6 +60,7 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     return y
 
 
+@_dense_if_faster
 def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     """dx of conv2d(), added to the Blocked `into` if given; adds the gradients of weight and bias too.
 
@@ -95,6 +113,7 @@ def _band_arguments(x, geometry):
     return x.x, x.formed or x.x, x.formed is not None, forming
 
 
+@_dense_if_faster
 def conv2d_bands(x, weight, geometry, moments):
     """conv2d() of a Blocked or Normed x, which is formed band by band. Writes mean and biased variance of y, (O,) each,
     to the pair `moments` unless None."""
@@ -120,6 +139,7 @@ def conv2d_bands(x, weight, geometry, moments):
     return y
 
 
+@_dense_if_faster
 def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=None):
     """dx of conv2d_bands(), added to the Blocked `into` if given; adds the gradient of weight too.
 

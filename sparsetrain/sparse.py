@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse
 
 from sparsetrain import arrays, checks
+from sparsetrain._kernels import core
 
 
 class Structure:
@@ -143,7 +144,7 @@ class Parameter:
         self.structure = Structure(self.shape, indptr, np.nonzero(mask)[1].astype(np.int32))
         self.data = self.data[kept]
         self.slots = {name: slot[kept] for name, slot in self.slots.items()}
-        self.grad = self._buffer = None
+        self.grad = self._buffer = self._full = None
         self.__class__ = SparseParameter
 
     def to(self, dtype):
@@ -171,7 +172,7 @@ class SparseParameter(Parameter):
         if data.shape != (self.nnz,):
             raise ValueError(f"data has shape {data.shape}, must be ({self.nnz},), the length of indices")
         self.data = data.copy()
-        self.grad, self.slots, self._buffer = None, {}, None
+        self.grad, self.slots, self._buffer, self._full = None, {}, None, None
 
     @staticmethod
     def from_dense(weight, mask):
@@ -217,6 +218,26 @@ class SparseParameter(Parameter):
         """Take the values of a dense array of this shape and dtype, where they are stored."""
         self.data[...] = values[self.mask]
 
+    def full(self):
+        """A Parameter with all weights, zero where none is stored: the same one each time, with the values of now.
+
+        Where few weights are removed the dense kernels are faster. collect() takes back its gradient.
+        """
+        if self._full is None or self._full[0].data.dtype != self.data.dtype:
+            columns = math.prod(self.shape[1:])
+            place = self.structure.rows() * np.int32(columns) + self.indices
+            self._full = Parameter(np.zeros(self.shape, self.data.dtype)), place
+        full, place = self._full
+        core.spread_values(self.data, place, full.data.reshape(-1))
+        full.grad = None
+        return full
+
+    def collect(self):
+        """Take the gradient of full(), where a weight is stored."""
+        full, place = self._full
+        grad, accumulate = self.gradient()
+        core.collect_values(full.grad.reshape(-1), place, grad, accumulate)
+
     def keep(self, kept):
         """Remove the weights where the boolean array `kept` (nnz) is false; optimiser slots follow the others."""
         rows = self.structure.rows()[kept]
@@ -224,7 +245,7 @@ class SparseParameter(Parameter):
         self.structure = Structure(self.shape, indptr, self.indices[kept])
         self.data = self.data[kept]
         self.slots = {name: slot[kept] for name, slot in self.slots.items()}
-        self.grad = self._buffer = None
+        self.grad = self._buffer = self._full = None
 
     def _scatter(self, values):
         dense = np.zeros((self.shape[0], math.prod(self.shape[1:])), values.dtype)

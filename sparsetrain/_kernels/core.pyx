@@ -637,6 +637,26 @@ def pack_values(const floating[::1] weights, const int32_t[::1] source, long row
         kernels.pack_values(n * c // chunks, n * (c + 1) // chunks, entries, rows, n_rows, row_step, from_, w, v)
 
 
+def spread_values(const floating[::1] values, const int32_t[::1] place, floating[::1] dense):
+    """dense[place] = values."""
+    cdef long n = place.shape[0], c
+    cdef int threads = team(n, <double>n)
+    cdef long chunks = chunks_of(n, threads)
+    same_length("values", values.shape[0], n)
+    for c in prange(chunks if n else 0, nogil=True, num_threads=threads, schedule="static"):
+        kernels.spread_values(n * c // chunks, n * (c + 1) // chunks, &place[0], &values[0], &dense[0])  # OUT dense
+
+
+def collect_values(const floating[::1] dense, const int32_t[::1] place, floating[::1] values, bint accumulate):
+    """values[:] = (values if accumulate) + dense[place]."""
+    cdef long n = place.shape[0], c
+    cdef int threads = team(n, <double>n)
+    cdef long chunks = chunks_of(n, threads)
+    same_length("values", values.shape[0], n)
+    for c in prange(chunks if n else 0, nogil=True, num_threads=threads, schedule="static"):
+        kernels.collect_values(n * c // chunks, n * (c + 1) // chunks, &place[0], &dense[0], &values[0], accumulate)  # OUT values
+
+
 # ---- convolutions between batch norms
 
 cdef class BandPlan:

@@ -30,6 +30,7 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 
 template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>, .pack_values = pack_values<T>,
+    .spread_values = spread_values<T>, .collect_values = collect_values<T>,
     .conv_band = conv_band<T>, .conv_band_backward = conv_band_backward<T>, .norm_gradient_sums = norm_gradient_sums<T>,
     .batch_norm = batch_norm<T>, .batch_norm_backward = batch_norm_backward<T>, .bias_grad = bias_grad<T>,
     .relu = relu<T>, .relu_backward = relu_backward<T>, .add = add<T>, .copy = copy<T>, .dropout = dropout<T>,

@@ -114,6 +114,10 @@ template <class T> struct Kernels {
     void (*pack_values)(long begin, long end, long entries, long rows, long n_rows, long row_step,
                         const int32_t *source, const T *weights, T *values);
 
+    // dense[place[i]] = values[i], and back: values[i] (+)= dense[place[i]]
+    void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
+    void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);
+
     // moments[task][channel]: a value, and the sums of deviations from it and of their squares
     void (*conv_band)(const Bands<T> *, long task, T *scratch);
     // One part is some of the tasks: its dvalues, its rows of dx, sums[part][channel] of dx and dx (x - mean)

@@ -92,6 +92,8 @@ cdef extern from "dispatch.hh" nogil:
     void add_parts[T](long, long, long, long, const T *, T *, bint)
     void pack_features[T](long, long, long, long, View[T], T *)
     void linear_gradient[T](long, long, long, long, const T *, View[T], T *, bint)
+    void spread_values[T](long, long, const int32_t *, const T *, T *)
+    void collect_values[T](long, long, const int32_t *, const T *, T *, bint)
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
     void conv_band[T](const Bands[T] *, long, T *)
     void conv_band_backward[T](const Bands[T] *, long, T *)

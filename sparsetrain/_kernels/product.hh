@@ -361,6 +361,15 @@ void add_parts(long begin, long end, long n, long parts, const T *dvalues, T *gr
     }
 }
 
+template <class T> void spread_values(long begin, long end, const int32_t *place, const T *values, T *dense) {
+    for (long i = begin; i < end; i++) dense[place[i]] = values[i];
+}
+template <class T>
+void collect_values(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate) {
+    FlushToZero flush;
+    for (long i = begin; i < end; i++) values[i] = accumulate ? values[i] + dense[place[i]] : dense[place[i]];
+}
+
 template <class T>
 void pack_values(long begin, long end, long entries, long rows, long n_rows, long row_step, const int32_t *source,
                  const T *weights, T *values) {

@@ -91,7 +91,7 @@ def bands(monkeypatch):
     return ran
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("sparsity", [0, 0.2, 0.5])
 @pytest.mark.parametrize("name", NETS)
 def test_is_what_the_layers_one_by_one_give(name, sparsity, isa, bands):
     fused = net(name, sparsity)
