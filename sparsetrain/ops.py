@@ -42,8 +42,8 @@ def _dense_if_faster(operation):
 
 
 @_dense_if_faster
-def conv2d(x, weight, bias, geometry, halo=(0, 0)):
-    """y = W * x + b.
+def conv2d(x, weight, bias, geometry, halo=(0, 0), relu=False):
+    """y = W * x + b, or max(y, 0) with relu.
 
     x Blocked (N, C, H, W); weight a Parameter (O, C / groups, KH, KW) or SparseParameter of that shape; bias a
     Parameter (O,) or None; geometry plans.Geometry. The output must not be empty.
@@ -55,7 +55,8 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0)):
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.ndim)
     start = time.perf_counter()
     step = _planned(weight, "forward", geometry, plans.forward, x, y)
-    core.spmm(step.plan, x.array, step.values(weight.data.reshape(-1)), None if bias is None else bias.data, y.array)
+    values, b = step.values(weight.data.reshape(-1)), None if bias is None else bias.data
+    core.spmm(step.plan, x.array, values, b, y.array, False, relu)
     tell("forward", start, [x], [y], weight=weight, output=y, plans=(step.plan,))
     return y
 

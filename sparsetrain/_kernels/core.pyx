@@ -491,7 +491,7 @@ cdef Product[floating] product_of(Plan p, floating example) noexcept:
     a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
     a.rows, a.rows_at_once, a.n_values, a.parts = p.rows, p.rows_at_once, p.n_values, p.parts
     a.first_value = &p._first_value[0] if p._first_value is not None else NULL
-    a.accumulate = False
+    a.accumulate = a.relu = False
     a.bias = NULL
     a.values = NULL
     for i in range(3):
@@ -543,10 +543,10 @@ cdef int give_back(str purpose, Buffer buffer) except -1:
 
 
 def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
-         floating[:, :, :, :, :] y, bint accumulate=False):
+         floating[:, :, :, :, :] y, bint accumulate=False, bint relu=False):
     """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]].
 
-    bias may be None; accumulate: add to y.
+    bias may be None; accumulate: add to y; relu: what is below zero becomes zero.
     """
     cdef:
         Product[floating] a = product(plan, x, y)  # OUT y
@@ -562,7 +562,7 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         same_length("bias", bias.shape[0], plan.rows)
     a.values = &values[0] if plan.n_values else NULL
     a.bias = &bias[0] if bias is not None else NULL
-    a.accumulate = accumulate
+    a.accumulate, a.relu = accumulate, relu
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.spmm(&a, i, s + each * threadid())
     give_back("scratch", scratch)

@@ -45,7 +45,7 @@ template <class T> struct Product {
     long pixels[3], overlap[3], pixel[3], origin, x_channel, channels;
     const T *values;
     const T *bias;           // or null
-    bool accumulate;         // add to y
+    bool accumulate, relu;   // add to y; what is below zero becomes zero
     T *dvalues;              // sddmm: parts arrays of n_values partial gradients
     const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
     long n_values, parts;

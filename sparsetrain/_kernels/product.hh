@@ -89,6 +89,9 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                 }
             }
             if (s->flags & LAST) {
+                if (a.relu)
+                    UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
+                        UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = acc[u][r][w] < 0 ? V<T>{} : acc[u][r][w];
                 UNROLL for (int u = 0; u < U; u++) if (U == 1 || s->row + u < a.rows)
                     UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
                         store(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2], acc[u][r][w]);

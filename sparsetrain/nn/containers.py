@@ -1,7 +1,8 @@
 """Layers in a row, and a body with a shortcut around it.
 
-A container gives each layer's output the halo that the next layer reads, so nothing is padded twice, and lets a
-batch norm do a ReLU and a residual add in its own pass. The result is that of the layers one by one.
+A container gives each layer's output the halo that the next layer reads, so nothing is padded twice. Convolutions, linear
+layers and batch norms do the ReLU after them in their own pass, batch norms a residual add too. The result is that of the
+layers one by one.
 """
 
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class Sequential(Module):
             before, relu = steps[-1] if steps else (None, False)
             if _fuses and type(layer) is ReLU and before and before.fuses_relu and not relu:
                 steps[-1] = before, True
-            elif _fuses and type(layer) is BatchNorm2d and type(before) is Conv2d and before.bias is None:
+            elif _fuses and type(layer) is BatchNorm2d and type(before) is Conv2d and before.bias is None and not relu:
                 steps[-1] = ConvNorm(before, layer), False
             else:
                 steps.append((layer, False))

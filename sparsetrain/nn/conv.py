@@ -13,6 +13,7 @@ class Conv2d(Module):
     """
 
     fuses_into = True
+    fuses_relu = property(lambda self: type(self) is Conv2d)  # a subclass may have a forward of its own
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
         self.in_channels = checks.integer("in_channels", in_channels, low=1)
@@ -41,11 +42,13 @@ class Conv2d(Module):
                 f"{self.kernel_size} with dilation {self.dilation}"
             )
 
-    def forward(self, x, halo):
+    def forward(self, x, halo, relu=False):
         self.check(x)
-        y = ops.conv2d(x, self.weight, self.bias, self.geometry, halo)
+        y = ops.conv2d(x, self.weight, self.bias, self.geometry, halo, relu)
 
         def backward(dy, halo, into=None):
+            if relu:
+                dy = ops.relu_backward(y, dy, self.grad_halo)
             return ops.conv2d_backward(x, self.weight, self.bias, self.geometry, dy, halo, into)
 
         return y, backward

@@ -20,6 +20,7 @@ class Linear(Module):
     """
 
     fuses_into = True
+    fuses_relu = property(lambda self: type(self) is Linear)  # a subclass may have a forward of its own
 
     def __init__(self, in_features, out_features, bias=True):
         self.in_features = checks.integer("in_features", in_features, low=1)
@@ -27,11 +28,13 @@ class Linear(Module):
         self.weight = uniform((out_features, in_features), in_features)
         self.bias = uniform((out_features,), in_features) if bias else None
 
-    def forward(self, x, halo):
+    def forward(self, x, halo, relu=False):
         check_input(x, self.weight, 2, self.in_features, f"(N, {self.in_features}); nn.Flatten() makes it so")
-        y = ops.conv2d(x, self.weight, self.bias, plans.Geometry(), halo)
+        y = ops.conv2d(x, self.weight, self.bias, plans.Geometry(), halo, relu)
 
         def backward(dy, halo, into=None):
+            if relu:
+                dy = ops.relu_backward(y, dy, self.grad_halo)
             return ops.conv2d_backward(x, self.weight, self.bias, plans.Geometry(), dy, halo, into)
 
         return y, backward

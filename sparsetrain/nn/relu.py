@@ -5,7 +5,7 @@ from sparsetrain.nn.module import Module
 
 
 class ReLU(Module):
-    """y = max(x, 0). After a batch norm it runs in the same pass."""
+    """y = max(x, 0). After a convolution, linear layer or batch norm it runs in their pass."""
 
     reuses_dy = True
 

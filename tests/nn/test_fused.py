@@ -162,3 +162,30 @@ def test_a_thousand_steps_take_no_more_memory_than_ten():
 
     before, after = run(10), run(1000)
     assert after - before < 2048  # KB
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.2, 0.7])
+def test_convolutions_and_linear_layers_do_the_relu_after_them(sparsity, isa, monkeypatch):
+    class Shifted(nn.Linear):
+        """A forward of its own, which knows no ReLU."""
+
+        def forward(self, x, halo):
+            return super().forward(x, halo)
+
+    st.manual_seed(0)
+    fused = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.ReLU(), nn.Conv2d(6, 5, 3, stride=2), nn.ReLU(), nn.BatchNorm2d(5),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(100, 20), nn.ReLU(), Shifted(20, 9), nn.ReLU(), nn.Linear(9, 4),
+    ).to(np.float64)  # fmt: skip
+    if sparsity:
+        st.sparsify(fused, sparsity)
+    alone = copy.deepcopy(fused)
+    with nn.unfused():
+        wanted = [step(alone), step(alone)]
+    ran = []
+    relu = ops.relu
+    monkeypatch.setattr(ops, "relu", lambda *arguments: ran.append(1) or relu(*arguments))
+    for results in wanted:
+        for a, b in zip(step(fused), results, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(ran) == 2 * 2  # the second of the two in a row, and that after the subclass
