@@ -312,7 +312,7 @@ class _Gathered:
         return " + ".join([self.names[id(norm)], *self.also.get(id(norm), ())])
 
     def _fused(self, conv, product):
-        words = []
+        words = list(self.also.get(id(conv), ())) if product["kind"] != "input gradient" else []
         if product["kind"] == "backward":
             words.append(f"gradient of {self.names[id(self.norms[id(conv)])]}")
         if product["forms"]:

@@ -139,10 +139,12 @@ def test_sparse_weights_count_as_they_are_stored():
     st.sparsify(net, 0.75, "random", exclude=["2"])
     x = np.zeros((8, 32), np.float32)
     rows = by_pass(st.profile(net, x, np.zeros(8, np.int64), repeats=1))
-    first, relu, last = rows["0", "forward"], rows["1", "backward"], rows["2", "input gradient"]
+    first, gradient, last = rows["0", "forward"], rows["0", "weight gradient"], rows["2", "input gradient"]
     assert (first.kernel, first.operations, first.bytes) == ("sparse", 2 * 8 * 128, 4 * (8 * 48 + 2 * 128))
     assert (last.kernel[:5], last.operations, last.bytes) == ("dense", 2 * 8 * 48, 4 * (8 * 19 + 48))
-    assert (relu.operations, relu.bytes, relu.kernel, relu.plans) == (0, 3 * 4 * 8 * 16, "", [])
+    relu = 3 * 4 * 8 * 16  # its gradient is formed where the layer's backward begins
+    assert (gradient.operations, gradient.bytes) == (2 * 8 * 128, 4 * (8 * 48 + 2 * 128) + relu)
+    assert (first.fused, gradient.fused, last.fused) == ("1", "1", "")
     (plan,) = first.plans
     assert plan["rows_at_once"] == 1 and sorted(plan["order"]) == [0, 1, 2] and 1 <= plan["group"] <= 32
     assert plan["tasks"] >= plan["chunks"] >= 1

@@ -1,8 +1,8 @@
 """Layers in a row, and a body with a shortcut around it.
 
-A container gives each layer's output the halo that the next layer reads, so nothing is padded twice. Convolutions, linear
-layers and batch norms do the ReLU after them in their own pass, batch norms a residual add too. The result is that of the
-layers one by one.
+A container gives each layer's output the halo that the next layer reads, so nothing is padded twice. Convolutions,
+linear layers and batch norms do the ReLU after them in their own pass, batch norms a residual add too. The result is
+that of the layers one by one.
 """
 
 from contextlib import contextmanager

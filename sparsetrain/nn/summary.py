@@ -44,7 +44,7 @@ class Summary:
 def summary(model, input_shape):
     """Run a batch of one zero image of input_shape, (C, H, W) or (F,), and describe each layer.
 
-    Layers come in the order they run. A ReLU done by the batch norm before it has no row.
+    Layers come in the order they run. A ReLU done by the layer before it has no row.
     ValueError where a layer cannot take its input. The model is left as it was.
     """
     shape = tuple(checks.integer(f"input_shape[{i}]", n, low=1) for i, n in enumerate(input_shape))

@@ -92,12 +92,12 @@ def test_a_step_changes_every_parameter(name):
 def test_summary_counts_stored_weights():
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 3, bias=False))
     sparsify(model, 0.5)
-    conv, relu, flatten, linear = model.summary((2, 5, 5)).rows
+    conv, flatten, linear = model.summary((2, 5, 5)).rows
     assert (conv.name, conv.type, conv.output) == ("0", "Conv2d", (4, 5, 5))
     assert (conv.parameters, conv.nnz, conv.sparsity) == (76, 40, 0.5)
     assert conv.flops == 2 * 36 * 25
     assert conv.size_bytes == 4 * (36 + 4) + 4 * (5 + 36)
-    assert (relu.parameters, relu.sparsity, relu.flops) == (0, None, 0)
+    assert (flatten.parameters, flatten.sparsity, flatten.flops) == (0, None, 0)
     assert (flatten.output, linear.output, linear.flops) == ((100,), (3,), 2 * 150)
     total = model.summary((2, 5, 5)).total
     assert (total.parameters, total.nnz, total.sparsity) == (376, 190, 0.5)
