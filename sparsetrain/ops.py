@@ -9,7 +9,7 @@ from functools import partial, wraps
 
 import numpy as np
 
-from sparsetrain import arrays, choices, plans
+from sparsetrain import arrays, bands, choices, plans
 from sparsetrain._kernels import core
 from sparsetrain.normed import Normed, NormedGradient
 from sparsetrain.record import tell, told
@@ -97,7 +97,7 @@ def can_band(x, weight, geometry):
     """Whether conv2d_bands() is worth while for this x."""
     output = geometry.output(weight.shape[2:], *x.shape[2:])
     blocks = -(-x.n // arrays.IMAGES)
-    return plans.can_band(weight.structure, geometry, (blocks, *x.shape[1:], arrays.IMAGES), output)
+    return bands.can_band(weight.structure, geometry, (blocks, *x.shape[1:], arrays.IMAGES), output)
 
 
 def _band_arguments(x, geometry):
@@ -123,7 +123,7 @@ def conv2d_bands(x, weight, geometry, moments):
         x.with_halo(geometry.padding)  # the bands would not form all of what is to be kept
     source, lies, formed, forming = _band_arguments(x, geometry)
     y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)
-    build = partial(plans.forward_bands, formed=formed)
+    build = partial(bands.forward, formed=formed)
     plan, step = _planned(weight, ("forward bands", formed), geometry, build, lies, y)
     keep = None
     if not formed and x.keep is not None:
@@ -150,7 +150,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     start = time.perf_counter()
     source, lies, formed, forming = _band_arguments(x, geometry)
     dx = None if halo is None else x.like(halo) if into is None else into
-    build = partial(plans.backward_bands, formed=formed)
+    build = partial(bands.backward, formed=formed)
     if dx is None:
         build = partial(build, dx=None)
     plan, steps = _planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))

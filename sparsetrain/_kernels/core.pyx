@@ -660,7 +660,7 @@ def collect_values(const floating[::1] dense, const int32_t[::1] place, floating
 # ---- convolutions between batch norms
 
 cdef class BandPlan:
-    """How a convolution runs band by band; plans.py builds it.
+    """How a convolution runs band by band; bands.py builds it.
 
     run: output rows of a task; rows: those of a band of it. forward, or gradient and input: the Plans of a band of one
     image block; input: those of the phases of its dx,

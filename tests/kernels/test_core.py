@@ -159,7 +159,7 @@ def passes(case, dtype, sparse, which=("forward", "input", "weight")):
 
 
 def tiles(limit):
-    """(rows, columns) of every tile that plans.choose_tile may return under this limit."""
+    """(rows, columns) of every tile that choose_tile may return under this limit."""
     for r, w in product(range(1, 5), range(1, 17)):
         if r * w <= limit and (w <= 8 or r <= 2):
             yield r, w

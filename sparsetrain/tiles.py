@@ -1,0 +1,135 @@
+"""The choice of tiles: which positions of a product stay in registers, and how many channels are met at once."""
+
+import math
+from itertools import product
+
+from sparsetrain._kernels import core
+from sparsetrain.choices import kept
+
+# How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB) and the L2 (1 MB),
+# and over how much more the share that misses rises to all.
+L1_BYTES, L1_RISE = 36 << 10, 24 << 10
+L2_BYTES, L2_RISE = 600 << 10, 400 << 10
+
+
+ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))
+_GRID = ("extent", "taps", "x_pixels")
+
+
+def _is_compiled(r, w, limit):
+    """Whether there is a kernel for tiles of r x w positions, as in product.hh."""
+    return 1 <= r <= 4 and 1 <= w <= 16 and r * w <= limit and (w <= 8 or r <= 2)
+
+
+def _check_group(about, says):
+    if says["order"] not in ORDERS:
+        raise ValueError(f"order is {says['order']}, must be one of {', '.join(map(str, ORDERS))}")
+    if not 1 <= says["group"] <= about["channels"]:
+        raise ValueError(f"group is {says['group']}, must be in [1, {about['channels']}], as there are channels")
+
+
+def _check_tile(isa, about, says):
+    _check_group(about, says)
+    limits, (one, r, w) = core.tile_limits(isa), says["tile"]
+    if about["limit"] not in limits:
+        raise ValueError(f"limit is {about['limit']}, on {isa} it is one of {', '.join(map(str, limits))}")
+    if one != 1 or not _is_compiled(r, w, about["limit"]):
+        raise ValueError(
+            f"tile is {says['tile']}, must be (1, R, W) with R <= 4, W <= 16, R * W <= {about['limit']}, "
+            "and R <= 2 where W > 8"
+        )
+
+
+@kept(
+    "tile",
+    about=(*_GRID, "rows", "channels", "weights", "limit", "rows_at_once", "itemsize"),
+    says=("order", "tile", "group"),
+    check=_check_tile,
+)
+def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
+    """(order, tile, channels of a group) with the least estimated time.
+
+    rows and channels are those of the output and the input of the product, weights its number of stored
+    weights, limit the positions that the registers hold. order says which axes of `grid` the tile's are.
+    """
+    groups = sorted({-(-channels // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)})
+    best = None
+    for order in ORDERS:
+        extent = [grid.extent[axis] for axis in order]
+        for r, w in product(range(1, min(4, extent[1]) + 1), range(1, min(16, extent[2]) + 1)):
+            if not _is_compiled(r, w, limit):
+                continue
+            size = dict(zip(order, (1, r, w), strict=True))
+            # Rows and pixels of one input channel that the tile reads.
+            lines, columns = ((size[i + 1] - 1) * grid.x_pixels[i] + grid.taps[i] for i in (0, 1))
+            lines *= size[0]
+            tiles = extent[0] * -(-extent[1] // r) * -(-extent[2] // w)
+            positions = math.prod(extent) / tiles
+            for group in groups:
+                time = tiles * _tile_time(
+                    positions,
+                    lines,
+                    columns,
+                    rows / rows_at_once,
+                    channels,
+                    group,
+                    weights / rows_at_once,
+                    rows_at_once,
+                    itemsize,
+                )
+                if best is None or time < best[0]:
+                    best = time, order, (1, r, w), group
+    return best[1:]
+
+
+def _tile_time(positions, lines, columns, blocks, channels, group, entries, rows_at_once, itemsize):
+    """Estimated cycles of a tile, which reads lines x columns pixels of each input channel.
+
+    blocks: of rows_at_once output rows; entries: in all of them together.
+
+    The form is by reasoning; the factors are set so that the choice among 4800 timed tiles (40 of each layer of
+    bench/shapes/layers.txt and resnet20.txt at six sparsities from 0 to 0.99; 2 cores of a Zen 5, AVX-512) takes on
+    average 1.12 (forward) and 1.18 (weight gradient) of the least time seen, which is partly luck of timing.
+    """
+    width = itemsize / 4
+    multiply = entries * max(positions * rows_at_once * width / 2, 4)  # 4 cycles: the latency of one FMA
+    runs = blocks * -(-channels // group)
+    segments = runs * (1 - math.exp(-entries / runs))  # runs that have a weight at all
+    unfinished = max(0.0, segments - blocks) * positions * rows_at_once * width
+    touched = lines * columns * group * 16 * itemsize
+    loads = entries * positions * width
+    misses = loads * (0.7 * _share(touched, L1_BYTES, L1_RISE) + 2.5 * _share(touched, L2_BYTES, L2_RISE))
+    read = channels * lines * (16 + 0.7 * columns * width)  # 16: short lines leave the prefetcher behind
+    return 1.3 * multiply + 1.5 * entries + 8 * segments + 5.5 * unfinished + misses + read
+
+
+def _share(size, begin, rise):
+    return min(1.0, max(0.0, (size - begin) / rise))
+
+
+def _check_dense_tile(isa, about, says):
+    _check_group(about, says)
+    one, r, w = says["tile"]
+    rows, columns = (about["extent"][axis] for axis in says["order"][1:])
+    if one != 1 or not (1 <= r <= rows and 1 <= w <= columns):
+        raise ValueError(f"tile is {says['tile']}, must be (1, R, W) with R <= {rows}, W <= {columns}")
+
+
+@kept(
+    "dense gradient tile",
+    about=(*_GRID, "channels", "itemsize"),
+    says=("order", "tile", "group"),
+    check=_check_dense_tile,
+)
+def dense_gradient_tile(grid, channels, itemsize):
+    """(order, tile, channels of a group) of a dense weight gradient: about 96 positions, whole rows where they fit,
+    of which dy stays in L1 for four rows of output channels, and so many channels that x stays in L2."""
+    order = (0, 1, 2) if grid.extent[1] * grid.extent[2] > 1 else (2, 1, 0)
+    extent = [grid.extent[axis] for axis in order]
+    w = -(-extent[2] // -(-extent[2] // 96))
+    r = max(1, min(extent[1], 96 // w))
+    size = dict(zip(order, (1, r, w), strict=True))
+    pixels = size[0]
+    for i in (0, 1):
+        pixels *= (size[i + 1] - 1) * grid.x_pixels[i] + grid.taps[i]
+    return order, (1, r, w), max(1, min(channels, (400 << 10) // (pixels * 16 * itemsize)))
