@@ -43,7 +43,8 @@ core = Extension(
     [f"{HERE}/core.pyx"],
     language="c++",
     include_dirs=[HERE],
-    depends=glob(f"{HERE}/*.hh") + [f"{HERE}/{name}" for name in ("kernels.cc", "core.pyx", "kernels.pxd")],
+    depends=glob(f"{HERE}/*.hh")
+    + [f"{HERE}/{name}" for name in ("kernels.cc", "core.pyx", "sparse_gradient.pxi", "kernels.pxd")],
     extra_compile_args=["-std=c++20", "-O2", *OPENMP],
     extra_link_args=OPENMP,
 )

@@ -1,6 +1,7 @@
 """The command line: `sparsetrain train`, `profile`, `bench` and `info`."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ from sparsetrain._kernels import threads
 from sparsetrain.bench import command as bench
 from sparsetrain.bench.machine import caches
 from sparsetrain.files import replacing
-from sparsetrain.named import DISTRIBUTIONS, METHODS, MODELS
+from sparsetrain.named import BACKPROP, DISTRIBUTIONS, METHODS, MODELS
 from sparsetrain.train import (
     Checkpoint,
     CSVLog,
@@ -49,6 +50,39 @@ OPTIONS = {
         {"nargs": "*", "metavar": "LAYER"},
         "layers to keep dense: names as in the table, patterns such as '3.*', or first, the layer "
         "next to the images; none if no name follows",
+    ),
+    "backprop": ("exact", {}, f"which values of the output gradients are used: {', '.join(BACKPROP)}"),
+    "s": (None, {"type": float}, "dithered: step of the rounding in standard deviations (default: 2)"),
+    "gradient-sparsity": (
+        None,
+        {"type": float},
+        "dithered: hold this share of zeros, in (0, 1), changing s in each layer (default: s stays)",
+    ),
+    "bits": (None, {"type": int}, "dithered: 8 clips the levels to 8 bits (default: no limit)"),
+    "reuse": (
+        None,
+        {"type": float},
+        "resprop: share of the gradient to take from the last step, in [0, 1) (default: 0.9)",
+    ),
+    "reuse-warmup": (
+        None,
+        {"action": argparse.BooleanOptionalAction},
+        "resprop: reuse from epoch 2 on, 10 %% more in each (default: no)",
+    ),
+    "control": (None, {}, "resprop: threshold by the paper's rule or by quantile (default: paper)"),
+    "k": (None, {"type": float}, "mem-aop: share of the rows; top-k: of the values; in (0, 1] (default: 0.1)"),
+    "policy": (None, {}, "mem-aop: rows are chosen by topk, weightedk or randk (default: topk)"),
+    "memory": (
+        None,
+        {"action": argparse.BooleanOptionalAction},
+        "mem-aop: rows that are not used are kept and added later (default: yes)",
+    ),
+    "decay": (None, {"type": float}, "mem-aop: decay of the memory, in [0, 1] (default: 1, none)"),
+    "angles": (None, {"action": "store_true"}, "measure the angle between used and exact gradient (default: no)"),
+    "exact-layers": (
+        None,
+        {"nargs": "*", "metavar": "LAYER"},
+        "layers that use their whole gradient, named as for --exclude (default: none)",
     ),
     "epochs": (8, {"type": int}, "passes over the training images"),
     "batch-size": (64, {"type": int}, "images a step; multiples of 16 are fastest"),
@@ -94,6 +128,21 @@ OPTIONS = {
     "resume": (None, {"metavar": "FOLDER"}, "go on with the run in this folder (default: none)"),
     "quiet": (False, {"action": "store_true"}, "print only the result (default: no)"),
 }
+# Options that are arguments of a method of backprop, where they have another name there
+ARGUMENTS = {"gradient_sparsity": "sparsity", "reuse_warmup": "warmup"}
+OF_BACKPROP = (
+    "s",
+    "gradient_sparsity",
+    "bits",
+    "reuse",
+    "reuse_warmup",
+    "control",
+    "k",
+    "policy",
+    "memory",
+    "decay",
+    "angles",
+)
 # What may be given with --resume: the rest stays as the run's config.json has it.
 ON_RESUME = {"epochs", "threads", "isa", "data_dir", "compare", "resume", "quiet"}
 
@@ -152,12 +201,14 @@ def _train(given):
         choices.load(o.plans)
     dataset = data.load(o.data, o.data_dir)
     train, test = _batches(o, dataset)
-    nets = {"sparse" if o.sparsity else "dense": (o.sparsity, folder)}
-    if o.sparsity and o.compare:
-        nets["dense"] = (0.0, folder / "dense")
+    exact = o.backprop == "exact"
+    main = " ".join((["sparse"] if o.sparsity else []) + ([] if exact else [o.backprop])) or "dense"
+    nets = {main: (o.sparsity, folder, _backprop(o))}
+    if main != "dense" and o.compare:
+        nets["dense"] = (0.0, folder / "dense", None)
     trainers = {}
-    for name, (sparsity, place) in nets.items():
-        trainers[name] = trainer = _trainer(o, dataset, len(train), sparsity, place, name)
+    for name, (sparsity, place, method) in nets.items():
+        trainers[name] = trainer = _trainer(o, dataset, len(train), sparsity, place, name, method)
         if len(trainers) == 1:
             trainer.model.summary(dataset.train[0].shape[1:])  # says if it cannot take the images
             _write_config(o, folder)
@@ -166,7 +217,8 @@ def _train(given):
             again = f"sparsetrain train --resume {folder}"
             print(f"interrupted; all finished epochs are kept, go on with: {again}")
             return 130
-    _say(o, _plot(trainers, folder, f"{o.model} on {o.data}, sparsity {o.sparsity:g}"))
+    how = f"sparsity {o.sparsity:g}" + ("" if exact else f", {o.backprop} backprop")
+    _say(o, _plot(trainers, folder, f"{o.model} on {o.data}, {how}"))
     _print_result(o, trainers, *next(iter(train)))
     return 0
 
@@ -190,6 +242,7 @@ def _options(given):
         "distribution": DISTRIBUTIONS,
         "optimizer": tuple(OPTIMIZERS),
         "schedule": SCHEDULES,
+        "backprop": BACKPROP,
     }
     for name, allowed in choices.items():
         checks.one_of(f"--{name}", getattr(o, name), allowed)
@@ -199,6 +252,7 @@ def _options(given):
     checks.integer("--seed", o.seed, low=0)
     if not 0 <= o.sparsity < 1:
         raise ValueError(f"--sparsity is {o.sparsity}, must be in [0, 1)")
+    _backprop(o)  # its checks
     if o.lr is None:
         o.lr = 0.1 if o.optimizer == "sgd" else 0.002
     if o.weight_decay is None:
@@ -213,6 +267,21 @@ def _options(given):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--out is {folder}, which is there already, must be a new folder")
     return o, folder
+
+
+def _backprop(o):
+    """The method of backprop that the options ask for, None for exact gradients; ValueError if it lacks one of them."""
+    given = {name: getattr(o, name) for name in OF_BACKPROP if getattr(o, name) is not None}
+    make = BACKPROP[o.backprop]
+    known = set() if make is None else {field.name for field in dataclasses.fields(make)}
+    for name in given:
+        if ARGUMENTS.get(name, name) not in known:
+            raise ValueError(f"--{name.replace('_', '-')} is not for --backprop {o.backprop}")
+    if make is None:
+        if o.exact_layers:
+            raise ValueError("--exact-layers is not for --backprop exact")
+        return None
+    return make(seed=o.seed, **{ARGUMENTS.get(name, name): value for name, value in given.items()})
 
 
 def _read_config(folder):
@@ -240,11 +309,13 @@ def _batches(o, dataset):
     if o.augment:
         crop = 4 if o.data.startswith("cifar") else 2  # 4: He et al., CVPR 2016, section 4.2
         augment = {"crop": crop, "flip": o.data != "mnist"}
-    train = data.Batches(*dataset.train, o.batch_size, shuffle=True, seed=o.seed, **augment, **scale)
+    # A row's memory belongs to its place in the batch
+    whole = o.backprop == "mem-aop" and o.memory is not False
+    train = data.Batches(*dataset.train, o.batch_size, shuffle=True, seed=o.seed, drop_last=whole, **augment, **scale)
     return train, data.Batches(*dataset.test, 256, **scale)
 
 
-def _trainer(o, dataset, steps, sparsity, folder, name):
+def _trainer(o, dataset, steps, sparsity, folder, name, method):
     """The trainer of one net, as its last checkpoint in the folder left it if there is one."""
     checkpoint = folder / "checkpoint.npz"
     show = Progress(label=name) if sys.stderr.isatty() else EpochLines(label=name)
@@ -266,7 +337,9 @@ def _trainer(o, dataset, steps, sparsity, folder, name):
     if o.optimizer == "sgd":
         rates["momentum"] = o.momentum
     optimizer = OPTIMIZERS[o.optimizer](model.named_parameters(), **rates)
-    return Trainer(model, optimizer, label_smoothing=o.label_smoothing, **settings)
+    if method is not None:
+        method = dataclasses.replace(method, exclude=tuple(named.layers(o.exact_layers or (), model)))
+    return Trainer(model, optimizer, label_smoothing=o.label_smoothing, backprop=method, **settings)
 
 
 def _schedule(o, steps):
@@ -328,7 +401,7 @@ def _print_result(o, trainers, x, y):
         for name, accuracy, time_s in zip(trainers, accuracies, seconds, strict=True)
     ]
     if len(nets) == 2:
-        nets.append(f"sparse is {seconds[1] / seconds[0]:.1f}x as fast")
+        nets.append(f"{next(iter(trainers))} is {seconds[1] / seconds[0]:.1f}x as fast")
     print(f"\n{'; '.join(nets)} (test images; median step of {len(x)} images)")
 
 

@@ -1,9 +1,17 @@
-"""What the command line calls by name: models, and layers to keep dense."""
+"""What the command line calls by name: models, methods of backprop, and layers to keep dense."""
 
+from sparsetrain import backprop
 from sparsetrain.nn import models
 
 MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
 METHODS = ("magnitude", "random")
+BACKPROP = {
+    "exact": None,
+    "dithered": backprop.Dithered,
+    "resprop": backprop.ReSprop,
+    "mem-aop": backprop.MemAOP,
+    "top-k": backprop.TopK,
+}
 DISTRIBUTIONS = ("uniform", "erk", "global")
 
 

@@ -61,29 +61,30 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0), relu=False):
     return y
 
 
-@_dense_if_faster
-def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
-    """dx of conv2d(), added to the Blocked `into` if given; adds the gradients of weight and bias too.
-
-    No dx if halo is None.
-    """
-    kernel = (*weight.shape, 1, 1)[2:4]
-    x = x.with_halo(geometry.padding)
-    start = time.perf_counter()
+def bias_gradient(bias, dy):
+    """Adds the gradient of a bias (a Parameter or None), the sum of dy over images and pixels."""
     if bias is not None:
         core.bias_grad(dy.array, *bias.gradient())
+
+
+def weight_gradient(x, weight, geometry, dy):
+    """Adds the gradient of the weight of conv2d()."""
+    start = time.perf_counter()
     grad, accumulate = weight.gradient()
     used = ()
     if len(weight.shape) == 2 and weight.structure.dense:
         core.linear_gradient(x.array, dy.array, grad, accumulate)
     else:
+        x = x.with_halo(geometry.padding)
         used = (_planned(weight, "weight", geometry, plans.weight_gradient, x, dy),)
         core.sddmm(*used, x.array, dy.array, grad.reshape(-1), accumulate)
     tell("weight gradient", start, [x, dy], [], weight=weight, output=dy, plans=used)
-    if halo is None:
-        return None
+
+
+def input_gradient(x, weight, geometry, dy, halo=(0, 0), into=None):
+    """dx of conv2d(), added to the Blocked `into` if given."""
     start = time.perf_counter()
-    dy = dy.with_halo(geometry.grad_halo(kernel))
+    dy = dy.with_halo(geometry.grad_halo((*weight.shape, 1, 1)[2:4]))
     dx = x.like(halo) if into is None else into
     steps = _planned(weight, "input", geometry, plans.input_gradient, dy, dx)
     for step in steps:
@@ -91,6 +92,17 @@ def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
     used = tuple(step.plan for step in steps)
     tell("input gradient", start, [dy, into], [dx], weight=weight, output=dy, plans=used)
     return dx
+
+
+@_dense_if_faster
+def conv2d_backward(x, weight, bias, geometry, dy, halo=(0, 0), into=None):
+    """dx of conv2d(), added to the Blocked `into` if given; adds the gradients of weight and bias too.
+
+    No dx if halo is None.
+    """
+    bias_gradient(bias, dy)
+    weight_gradient(x, weight, geometry, dy)
+    return None if halo is None else input_gradient(x, weight, geometry, dy, halo, into)
 
 
 def can_band(x, weight, geometry):

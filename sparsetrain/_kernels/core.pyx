@@ -22,7 +22,9 @@ cdef extern from "placement.hh":
     double seconds() nogil
 
 from sparsetrain._kernels cimport kernels
-from sparsetrain._kernels.kernels cimport Bands, BatchNorm, Build, Product, Segment, Shape, View, Windows
+from sparsetrain._kernels.kernels cimport (
+    Bands, BatchNorm, Build, Entry, Product, Segment, Shape, Slabs, Sparsifier, View, Windows,
+)
 
 
 # As in kernels.hh.
@@ -874,6 +876,9 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
         kernels.norm_gradient_sums(&a, i)
     return np.asarray(sums).sum(0).T
+
+
+include "sparse_gradient.pxi"
 
 
 # ---- loss and optimisers

@@ -50,7 +50,7 @@ template <class T> void copy(Shape s, View<T> x, View<T> y, long begin, long end
 // A random number of an element is a hash of its place in (images, channels, height, width) and the seed:
 // nothing is stored for the backward pass, and no thread or lane order matters. The mixer is MurmurHash3's
 // 32-bit finaliser (A. Appleby, public domain), run twice.
-INLINE uint32_t mix(uint32_t h) {
+template <class U> INLINE U mix(U h) {
     h ^= h >> 16, h *= 0x85ebca6bu;
     h ^= h >> 13, h *= 0xc2b2ae35u;
     return h ^ h >> 16;

@@ -21,6 +21,7 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 #include "vec.hh"
 #include "product.hh"
 #include "elementwise.hh"
+#include "sparse_gradient.hh"
 #include "norm.hh"
 #include "bands.hh"
 #include "pool.hh"
@@ -31,6 +32,10 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>, .pack_values = pack_values<T>,
     .spread_values = spread_values<T>, .collect_values = collect_values<T>,
+    .compress = compress<T>, .sparsify = sparsify<T>, .deviations = deviations<T>,
+    .sum_images = sum_images<T>, .remember = remember<T>,
+    .slab_weight_gradient = slab_weight_gradient<T>, .slab_input_gradient = slab_input_gradient<T>,
+    .pack_slab_weights = pack_slab_weights<T>, .unpack_slab_weights = unpack_slab_weights<T>,
     .conv_band = conv_band<T>, .conv_band_backward = conv_band_backward<T>, .norm_gradient_sums = norm_gradient_sums<T>,
     .batch_norm = batch_norm<T>, .batch_norm_backward = batch_norm_backward<T>, .bias_grad = bias_grad<T>,
     .relu = relu<T>, .relu_backward = relu_backward<T>, .add = add<T>, .copy = copy<T>, .dropout = dropout<T>,
@@ -43,5 +48,5 @@ template <class T> constexpr Kernels<T> kernels = {
 
 namespace ISA {
 extern const Build build;
-const Build build = {MAX_TILE, MAX_GRADIENT_TILE, MAX_DENSE_TILE, FEATURES<float>, kernels<float>, kernels<double>};
+const Build build = {MAX_TILE, MAX_GRADIENT_TILE, MAX_DENSE_TILE, FEATURES<float>, VEC_BYTES, kernels<float>, kernels<double>};
 }  // namespace ISA

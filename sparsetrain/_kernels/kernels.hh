@@ -92,6 +92,37 @@ template <class T> struct Bands {
     }
 };
 
+// How images lie channel-last for products with a sparse output gradient (sparse_gradient.hh). Numbers of elements
+// unless said otherwise.
+struct Slabs {
+    long blocks, images, channels, height, in_width;  // of x
+    long out_channels, out_height, out_width;
+    long kernel[2], stride[2], padding[2], dilation[2];
+    long width;           // channels side by side: 1, 2, 4 or 8 registers
+    long span;            // blocks in a slab
+    long group;           // images whose entries make a list: divides 16, or is 16 span
+    long bands;           // into which the output rows are cut
+    long row, image;      // strides of rows and images in the slab
+    long capacity;        // values of one plane (span x output channel); it has room for 16 entries more
+};
+template <class T> struct Entry {
+    int32_t position;  // in the slab, of the value of x that the first tap meets
+    T value;
+};
+// Which values of an output gradient are used, and as what.
+enum { DITHER, THRESHOLD };
+template <class T> struct Sparsifier {
+    int kind;
+    // DITHER: floor(value / step + u), u uniform in [0, 1), clipped to +-limit unless that is 0, times step
+    T step;
+    long limit;
+    uint64_t seed;
+    // THRESHOLD: value - base times chosen where its magnitude is above the image's threshold; any may be null
+    const T *base;        // (channels, height, width)
+    const T *chosen;      // (blocks, height, width, 16)
+    const T *thresholds;  // (blocks, 16)
+};
+
 // Windows of a pooling layer along one axis: output o covers the inputs [begin[o], end[o]).
 struct Windows {
     const int32_t *begin, *end, *divisor;
@@ -117,6 +148,23 @@ template <class T> struct Kernels {
     // dense[place[i]] = values[i], and back: values[i] (+)= dense[place[i]]
     void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);
+
+    // Sparse output gradients: lists of entries of the planes (span x output channel) [begin, end), `lists` + 1 starts each.
+    // scratch holds 16 x 16 entries more than an image block has values.
+    void (*compress)(const Slabs *, const Sparsifier<T> *, View<T> dy, long begin, long end, Entry<T> *entries, int32_t *starts,
+                     int64_t *clipped, Entry<T> *scratch);
+    void (*sparsify)(const Slabs *, const Sparsifier<T> *, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
+                     int64_t *clipped);
+    void (*deviations)(Shape, View<T> x, T origin, double *sums, long begin, long end);
+    void (*sum_images)(Shape, View<T> x, T *sums, long begin, long end);
+    void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);
+    void (*slab_weight_gradient)(const Slabs *, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
+                                 T *dw, long row, T *slab);
+    void (*slab_input_gradient)(const Slabs *, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task,
+                                const T *weights, long row, const T *base, bool accumulate, T *slab);
+    void (*pack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed);
+    void (*unpack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
+                                const T *packed, T *grad, bool accumulate);
 
     // moments[task][channel]: a value, and the sums of deviations from it and of their squares
     void (*conv_band)(const Bands<T> *, long task, T *scratch);
@@ -170,7 +218,7 @@ enum { CHAINED_VALUES = 768 };  // a whole number of register files on every ins
 // row at once, in sddmm, and in spmm with several rows at once; and the features in a group of pack_features (float32; half in
 // float64).
 struct Build {
-    int max_tile, max_gradient_tile, max_dense_tile, features;
+    int max_tile, max_gradient_tile, max_dense_tile, features, vector_bytes;
     Kernels<float> f32;
     Kernels<double> f64;
 };

@@ -3,7 +3,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 
 cdef extern from "dispatch.hh" nogil:
     ctypedef struct Build:
-        int max_tile, max_gradient_tile, max_dense_tile, features
+        int max_tile, max_gradient_tile, max_dense_tile, features, vector_bytes
     ctypedef struct Isa:
         const char *name
         const Build *build
@@ -82,6 +82,26 @@ cdef extern from "dispatch.hh" nogil:
         T *dbeta
         double eps
         bint training, relu
+    ctypedef struct Slabs:
+        long blocks, images, channels, height, in_width, out_channels, out_height, out_width
+        long kernel[2]
+        long stride[2]
+        long padding[2]
+        long dilation[2]
+        long width, span, group, bands, row, image, capacity
+    cppclass Entry[T]:
+        int32_t position
+        T value
+    enum: DITHER
+    enum: THRESHOLD
+    cppclass Sparsifier[T]:
+        int kind
+        T step
+        long limit
+        uint64_t seed
+        const T *base
+        const T *chosen
+        const T *thresholds
     ctypedef struct Windows:
         const int32_t *begin
         const int32_t *end
@@ -95,6 +115,16 @@ cdef extern from "dispatch.hh" nogil:
     void spread_values[T](long, long, const int32_t *, const T *, T *)
     void collect_values[T](long, long, const int32_t *, const T *, T *, bint)
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
+    void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int32_t *, int64_t *, Entry[T] *)
+    void sparsify[T](const Slabs *, const Sparsifier[T] *, View[T], View[T], long, long, int64_t *, int64_t *)
+    void deviations[T](Shape, View[T], T, double *, long, long)
+    void sum_images[T](Shape, View[T], T *, long, long)
+    void remember[T](Shape, View[T], View[T], long, T, const T *, T *, long, long)
+    void slab_weight_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, long, T *, long, T *)
+    void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, const T *, long, const T *,
+                                bint, T *)
+    void pack_slab_weights[T](long, long, long, long, long, long, const T *, T *)
+    void unpack_slab_weights[T](long, long, long, long, long, long, long, long, const T *, T *, bint)
     void conv_band[T](const Bands[T] *, long, T *)
     void conv_band_backward[T](const Bands[T] *, long, T *)
     void norm_gradient_sums[T](const Bands[T] *, long)

@@ -13,6 +13,7 @@ class Conv2d(Module):
     """
 
     fuses_into = True
+    backprop = None  # what a method of backprop does in this layer instead of the exact backward pass
     fuses_relu = property(lambda self: type(self) is Conv2d)  # a subclass may have a forward of its own
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
@@ -49,7 +50,8 @@ class Conv2d(Module):
         def backward(dy, halo, into=None):
             if relu:
                 dy = ops.relu_backward(y, dy, self.grad_halo)
-            return ops.conv2d_backward(x, self.weight, self.bias, self.geometry, dy, halo, into)
+            back = ops.conv2d_backward if self.backprop is None else self.backprop.backward
+            return back(x, self.weight, self.bias, self.geometry, dy, halo, into)
 
         return y, backward
 

@@ -2,9 +2,11 @@
 
 Arrays: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz
 values, so removed weights are not there; "slot/<name>/<slot>"; "buffer/<name>". The rest is JSON in
-the bytes of "meta": how to build model and optimiser again, counters, history, generator state.
+the bytes of "meta": how to build model, optimiser and method of backprop again, counters, history, generator state;
+"backprop/<layer>/<name>" is that method's.
 """
 
+import dataclasses
 import inspect
 import json
 import zipfile
@@ -12,7 +14,7 @@ import zlib
 
 import numpy as np
 
-from sparsetrain import nn, optim, rng
+from sparsetrain import backprop, nn, optim, rng
 from sparsetrain.files import replacing
 from sparsetrain.sparse import Parameter, SparseParameter
 from sparsetrain.train.history import History
@@ -40,6 +42,7 @@ def save(trainer, path):
         "loss": _own_name(nn, trainer.loss),
         "label_smoothing": trainer.label_smoothing,
         "schedule": trainer.schedule is not None,
+        "backprop": _describe_method(trainer.backprop),
         "step": trainer.step,
         "epoch": trainer.epoch,
         "history": list(trainer.history),
@@ -55,6 +58,8 @@ def save(trainer, path):
             arrays[f"slot/{name}/{slot}"] = array
     for name, buffer in trainer.model.named_buffers():
         arrays[f"buffer/{name}"] = buffer
+    if trainer.backprop is not None:
+        arrays |= {f"backprop/{key}": np.asarray(value) for key, value in trainer.backprop.state_dict().items()}
     with replacing(path, "wb") as file:
         np.savez(file, **arrays)
 
@@ -71,6 +76,11 @@ def resume(trainer_class, path, model, optimizer, settings):
         )
     if meta["loss"] is None and "loss" not in settings:
         raise ValueError(f"{path} ran with a loss that is not one of nn's: give loss=")
+    method = meta["backprop"]
+    if method is not None and method["class"] is None and "backprop" not in settings:
+        raise ValueError(f"{path} ran with a method of backprop of your own: give backprop=")
+    if method is not None and "backprop" not in settings:
+        settings["backprop"] = getattr(backprop, method["class"])(**method["settings"])
     settings = {
         "loss": meta["loss"] and getattr(nn, meta["loss"]),
         "label_smoothing": meta["label_smoothing"],
@@ -85,6 +95,9 @@ def resume(trainer_class, path, model, optimizer, settings):
     else:
         _check_optimizer(path, meta["optimizer"], optimizer, model)
     trainer = trainer_class(model, optimizer, **settings)
+    if trainer.backprop is not None and method is not None:
+        state = {key.removeprefix("backprop/"): a for key, a in arrays.items() if key.startswith("backprop/")}
+        trainer.backprop.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
 
     # Everything fits: from here on nothing can fail.
     for name, parameter in parameters.items():
@@ -98,6 +111,12 @@ def resume(trainer_class, path, model, optimizer, settings):
     trainer.history = History(meta["history"])
     rng.generator().bit_generator.state = meta["rng"]
     return trainer
+
+
+def _describe_method(method):
+    if method is None:
+        return None
+    return {"class": _own_name(backprop, type(method)), "settings": dataclasses.asdict(method)}
 
 
 def read(path):

@@ -9,7 +9,9 @@ from sparsetrain.nn.summary import table
 
 
 def layer_table(trainer, x, y, steps=10):
-    """A table of the layers with the median times of their passes over so many training steps.
+    """A table of the layers with the median times of their passes over so many training steps, and, with a method of
+    backprop, the mean share of the output gradient that was not used, and its angle to the exact one where that is
+    measured.
 
     The steps are real ones: the trainer goes on by as many.
     """
@@ -21,9 +23,13 @@ def layer_table(trainer, x, y, steps=10):
 
     trainer.model.train()
     trainer.train_step(x, y)
+    if trainer.backprop is not None:
+        trainer.backprop.report()  # from here on
     with nn.observe(trainer.model, record):
         for _ in range(steps):
             trainer.train_step(x, y)
+    gradients = {} if trainer.backprop is None else trainer.backprop.report()
+    measured = any(g["angle"] is not None for g in gradients.values())
     rows = []
     for name, (module, times) in layers.items():
         weights = [p for p in module.parameters() if len(p.shape) > 1]
@@ -34,8 +40,15 @@ def layer_table(trainer, x, y, steps=10):
             shape = ", ".join("x".join(map(str, w.shape)) for w in weights)
             kept, sparsity = f"{nnz:,}", f"{1 - nnz / size:.3f}"
         medians = [f"{statistics.median(t):.3f}" if t else "-" for t in times.values()]
-        rows.append((name, type(module).__name__, shape, kept, sparsity, *medians))
-    head = ("layer", "type", "shape", "weights kept", "sparsity", "ms forward", "ms backward")
+        row = [name, type(module).__name__, shape, kept, sparsity, *medians]
+        if gradients:
+            here = gradients.get(name)
+            row.append(f"{here['gradient_sparsity']:.3f}" if here else "-")
+        if measured:
+            row.append(f"{here['angle']:.0f}" if here and here["angle"] is not None else "-")
+        rows.append(row)
+    head = ["layer", "type", "shape", "weights kept", "sparsity", "ms forward", "ms backward"]
+    head += ["gradient sparsity"] * bool(gradients) + ["angle"] * measured
     return table(head, rows)
 
 

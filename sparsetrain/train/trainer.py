@@ -8,6 +8,7 @@ from threadpoolctl import threadpool_limits
 
 from sparsetrain import checks, nn
 from sparsetrain.arrays import unpack
+from sparsetrain.backprop import Method
 from sparsetrain.nn.module import evaluating
 from sparsetrain.train import checkpoint
 from sparsetrain.train.callbacks import Callback
@@ -23,6 +24,7 @@ class Trainer:
 
     loss: a function (outputs, y) -> (loss, gradient); label_smoothing needs cross_entropy.
     schedule: a function of the step that sets optimizer.lr before each step, or None.
+    backprop: a method of `backprop` that says which values of the output gradients are used, or None for all.
     callbacks: `Callback` objects, called in this order.
 
     Data are batches (x, y) from anything that can be iterated over once an epoch, such as
@@ -40,10 +42,13 @@ class Trainer:
         loss=nn.cross_entropy,
         label_smoothing=0.0,
         schedule=None,
+        backprop=None,
         callbacks=(),
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, must be a nn.Module")
+        if not isinstance(backprop, (Method, type(None))):
+            raise TypeError(f"backprop is a {type(backprop).__name__}, must be a backprop.Method or None")
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(f"callbacks holds {callback!r}, which is not a Callback")
@@ -54,6 +59,7 @@ class Trainer:
         if self.label_smoothing and loss is not nn.cross_entropy:
             raise ValueError("label_smoothing is for nn.cross_entropy, loss is another function")
         self.schedule = schedule
+        self.backprop = backprop if backprop is None else backprop.attach(model, optimizer)
         self.callbacks = list(callbacks)
         self.history = History()
         self.step = 0
@@ -152,6 +158,8 @@ class Trainer:
             train.epoch = self.epoch
         self._call("on_epoch_begin", len(train) if hasattr(train, "__len__") else None)
         self.model.train()
+        if self.backprop is not None:
+            self.backprop.begin_epoch(self.epoch, len(train) if hasattr(train, "__len__") else None)
         means = Means()
         for x, y in train:
             loss, outputs = self.train_step(x, y)
@@ -160,12 +168,22 @@ class Trainer:
         row = {"epoch": self.epoch + 1, "step": self.step} | means.result("train")
         row |= {"val_loss": None, "val_accuracy": None, "lr": self.optimizer.lr}
         row |= means.speed() | {"time_s": means.time_s()}
+        row |= self._gradients()
         self._check_weights()
         if validation is not None:
             row |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
         self.epoch += 1
         self.history.append(row)
         self._call("on_epoch_end", row)
+
+    def _gradients(self):
+        """What the method of backprop did in the epoch: for all layers, and for each."""
+        if self.backprop is None:
+            return {"gradient_sparsity": None, "layers": {}}
+        layers = self.backprop.report()
+        values = sum(layer["values"] for layer in layers.values())
+        unused = sum(layer["values"] * layer["gradient_sparsity"] for layer in layers.values())
+        return {"gradient_sparsity": unused / values if values else None, "layers": layers}
 
     def _call(self, point, *arguments):
         for callback in self.callbacks:

@@ -1,0 +1,527 @@
+// Backward with an output gradient of which most values are zero: only the others are stored and multiplied.
+//
+// Which are zero differs from image to image, so the vector cannot be the batch here: it is the channels. Images lie
+// channel-last in a slab in L2: `width` channels of each pixel side by side, of a band of rows, of the images of `span`
+// blocks. Per output channel the entries (position in the slab, value) of `group` images of it are a list, and each entry
+//
+//     dw[tap, :] += value * x[position + tap, :]     with the taps of dw in registers
+//     dx[position + tap, :] += value * w[tap, :]     with the taps of w in registers
+//
+// What a list meets of the slab stays in L1.
+
+// ---- which values are used
+
+template <class T> struct ImageValues {
+    typedef T values __attribute__((vector_size(IMAGES * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+template <class T> using Values = typename ImageValues<T>::values;  // one of each image of a block
+typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t))));
+typedef int32_t Ints __attribute__((vector_size(IMAGES * sizeof(int32_t))));
+
+// The largest whole number that is not above v; v itself where it is so large that it is whole.
+template <class T> INLINE Values<T> round_down(Values<T> v) {
+    const Values<T> magnitude = v < 0 ? -v : v, none = {};
+    const auto small = magnitude < T(1 << 23);
+    const Values<T> cut = __builtin_convertvector(__builtin_convertvector(small ? v : none, Ints), Values<T>);
+    return small ? (cut > v ? cut - 1 : cut) : v;
+}
+
+// 1 for each image of a block, 0 for a padding lane.
+template <class T> INLINE Values<T> real_images(long block, long images) {
+    Values<T> real;
+    for (long i = 0; i < IMAGES; i++) real[i] = block * IMAGES + i < images;
+    return real;
+}
+
+// Calls f(row, column, the 16 values that are used) for the pixels of some rows of a channel; returns how many were clipped.
+template <class T, class F>
+INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, long block, long channel, long begin, long end, F f) {
+    const long width = s.out_width, first = channel * s.out_height * width;
+    long clipped = 0;
+    if (how.kind == DITHER) {
+        // A random number is a hash of the seed, the image and the place in it, as in dropout().
+        const uint32_t lo = (uint32_t)how.seed, hi = (uint32_t)(how.seed >> 32);
+        const T step = how.step, inverse = 1 / step, limit = (T)how.limit;
+        Hashes key;
+        for (long i = 0; i < IMAGES; i++) key[i] = mix(mix((uint32_t)(block * IMAGES + i) + lo) ^ hi);
+        for (long r = begin; r < end; r++) {
+            const T *g = pixel_row(dy, block, channel, r);
+            for (long c = 0; c < width; c++) {
+                const Hashes hash = mix(key ^ mix((uint32_t)(first + r * width + c))) >> 8;
+                const Values<T> unit = __builtin_convertvector((Ints)hash, Values<T>) * T(0x1p-24);
+                Values<T> q = round_down<T>(*(const Values<T> *)(g + c * IMAGES) * inverse + unit);
+                if (limit) {
+                    for (long i = 0; i < IMAGES; i++) clipped += q[i] < -limit || q[i] > limit;
+                    q = q < -limit ? Values<T>{} - limit : q;
+                    q = q > limit ? Values<T>{} + limit : q;
+                }
+                f(r, c, q * step);
+            }
+        }
+        return clipped;
+    }
+    const Values<T> real = real_images<T>(block, s.images);
+    Values<T> threshold = {};
+    if (how.thresholds) threshold = *(const Values<T> *)(how.thresholds + block * IMAGES);
+    for (long r = begin; r < end; r++) {
+        const T *g = pixel_row(dy, block, channel, r);
+        const T *chosen = how.chosen ? how.chosen + (block * s.out_height + r) * width * IMAGES : nullptr;
+        const T *base = how.base ? how.base + first + r * width : nullptr;
+        for (long c = 0; c < width; c++) {
+            Values<T> v = *(const Values<T> *)(g + c * IMAGES);
+            if (base) v -= base[c] * real;
+            if (chosen) v *= *(const Values<T> *)(chosen + c * IMAGES);
+            f(r, c, (v <= threshold) & (v >= -threshold) ? Values<T>{} : v);  // NaN is used: it must show
+        }
+    }
+    return 0;
+}
+
+// Writes those of 16 entries whose value is not zero, and anything after them up to out[16]; returns how many they are.
+template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, const Ints &position) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        typedef float floats __attribute__((vector_size(64)));
+        typedef int32_t ints __attribute__((vector_size(64)));
+        const uint16_t kept = (uint16_t)__builtin_ia32_cmpps512_mask((floats)value, floats{}, 4, (uint16_t)-1, 4);
+        const ints v = (ints)__builtin_ia32_compresssf512_mask((floats)value, floats{}, kept);
+        const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)position, ints{}, kept);
+        const ints low = SHUFFLE(p, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const ints high = SHUFFLE(p, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        __builtin_memcpy(out, &low, sizeof low);
+        __builtin_memcpy(out + 8, &high, sizeof high);
+        return __builtin_popcount(kept);
+    }
+#endif
+    long n = 0;
+    for (long i = 0; i < IMAGES; i++) {  // without a branch, which would be foreseen in few cases
+        out[n].position = position[i], out[n].value = value[i];
+        n += value[i] != 0;
+    }
+    return n;
+}
+template <class T> INLINE long count_nonzero(const Values<T> &v) {
+    long n = 0;
+    for (long i = 0; i < IMAGES; i++) n += v[i] != 0;
+    return n;
+}
+
+INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
+
+// Pixels of 16 images come one by one and go, 16 at a time, to a list for each image.
+template <class T> struct ImageLists {
+    Entry<T> *first, *end[IMAGES];
+    long room, pixels = 0;
+    T values[IMAGES][IMAGES];
+    Ints positions;
+
+    INLINE_MEMBER ImageLists(Entry<T> *scratch, long room_) : first(scratch), room(room_) {
+        for (long i = 0; i < IMAGES; i++) end[i] = first + i * room;
+    }
+    INLINE_MEMBER void add(const Values<T> &v, long position) {
+        *(Values<T> *)values[pixels] = v, positions[pixels] = (int32_t)position;
+        if (++pixels == IMAGES) flush();
+    }
+    INLINE_MEMBER void flush() {
+        constexpr int L = Vec<T>::lanes;
+        for (; pixels < IMAGES; pixels++) *(Values<T> *)values[pixels] = Values<T>{};
+        pixels = 0;
+        for (long lane = 0; lane < IMAGES; lane += L) {
+            T image[L][IMAGES];
+            for (long p = 0; p < IMAGES; p += L) {
+                V<T> v[L];
+                UNROLL for (int i = 0; i < L; i++) v[i] = load(&values[p + i][lane]);
+                transpose<T>(v);
+                UNROLL for (int i = 0; i < L; i++) store(&image[i][p], v[i]);
+            }
+            for (long i = 0; i < L; i++) end[lane + i] += append<T>(end[lane + i], *(const Values<T> *)image[i], positions);
+        }
+    }
+};
+
+// The lists of some planes (span x output channel). starts[plane][list] counts from the plane's own entries.
+template <class T>
+void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, Entry<T> *entries, int32_t *starts,
+              int64_t *clipped, Entry<T> *scratch) {
+    FlushToZero flush;
+    const Slabs &s = *slabs;
+    const long lists = s.bands * (s.span * IMAGES / s.group), room = s.capacity / s.span / IMAGES + IMAGES;
+    Ints lanes;
+    for (long i = 0; i < IMAGES; i++) lanes[i] = (int32_t)(i * s.image);
+    for (long plane = begin; plane < end; plane++) {
+        const long first = plane / s.out_channels * s.span, channel = plane % s.out_channels;
+        const long blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
+        Entry<T> *out = entries + plane * (s.capacity + IMAGES);
+        int32_t *start = starts + plane * (lists + 1);
+        long n = 0, list = 0;
+        clipped[plane] = 0;
+        for (long band = 0; band < s.bands; band++) {
+            const long top = band_begin(s, band), bottom = band_begin(s, band + 1);
+            for (long b = 0; b < s.span; b++) {
+                if (b * IMAGES % s.group == 0) start[list++] = (int32_t)n;
+                if (b >= blocks) continue;
+                const auto position = [&](long r, long c) {
+                    return b * IMAGES * s.image + (r - top) * s.stride[0] * s.row + c * s.stride[1] * s.width;
+                };
+                if (s.group >= IMAGES) {
+                    clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
+                        n += append<T>(out + n, v, lanes + (int32_t)position(r, c));
+                    });
+                    continue;
+                }
+                ImageLists<T> images(scratch, room);
+                clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom,
+                                              [&](long r, long c, const Values<T> &v) { images.add(v, position(r, c)); });
+                images.flush();
+                for (long i = 0; i < IMAGES; i++) {
+                    if (i && i % s.group == 0) start[list++] = (int32_t)n;
+                    for (const Entry<T> *e = scratch + i * room; e < images.end[i]; e++, n++) {
+                        out[n].position = e->position + lanes[i];
+                        out[n].value = e->value;
+                    }
+                }
+            }
+        }
+        start[list] = (int32_t)n;
+    }
+}
+
+// The gradient that is used as a blocked array, base and all; counts[plane] of the values that compress() would store, the
+// planes being (block, channel) here.
+template <class T>
+void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
+              int64_t *clipped) {
+    FlushToZero flush;
+    for (long plane = begin; plane < end; plane++) {
+        const long block = plane / slabs->out_channels, channel = plane % slabs->out_channels;
+        const Values<T> real = real_images<T>(block, slabs->images);
+        long n = 0;
+        clipped[plane] = used_values(*slabs, *how, dy, block, channel, 0, slabs->out_height, [&](long r, long c, const Values<T> &v) {
+            const long place = (channel * slabs->out_height + r) * slabs->out_width + c;
+            *(Values<T> *)(pixel_row(out, block, channel, r) + c * IMAGES) = how->base ? v + how->base[place] * real : v;
+            n += count_nonzero<T>(v);
+        });
+        counts[plane] = n;
+    }
+}
+
+// sums[plane] of x - origin and of its square over the images of a plane (block x channel).
+template <class T> void deviations(Shape s, View<T> x, T origin, double *sums, long begin, long end) {
+    FlushToZero flush;
+    for (long plane = begin; plane < end; plane++) {
+        const long b = plane / s.channels;
+        const Values<T> real = real_images<T>(b, s.images);
+        double sum = 0, squares = 0;
+        for (long h = 0; h < s.height; h++) {
+            const T *row = pixel_row(x, b, plane % s.channels, h);
+            Values<T> one = {}, two = {};
+            for (long w = 0; w < s.width; w++) {
+                const Values<T> d = (*(const Values<T> *)(row + w * IMAGES) - origin) * real;
+                one += d, two += d * d;
+            }
+            for (long i = 0; i < IMAGES; i++) sum += one[i], squares += two[i];
+        }
+        sums[2 * plane] = sum, sums[2 * plane + 1] = squares;
+    }
+}
+
+// sums (channels, height, width) of x over the images, for channels [begin, end)
+template <class T> void sum_images(Shape s, View<T> x, T *sums, long begin, long end) {
+    FlushToZero flush;
+    for (long c = begin; c < end; c++)
+        for (long h = 0; h < s.height; h++)
+            for (long w = 0; w < s.width; w++) {
+                Values<T> total = {};
+                for (long b = 0; b < s.blocks; b++)
+                    total += *(const Values<T> *)(pixel_row(x, b, c, h) + w * IMAGES) * real_images<T>(b, s.images);
+                T sum = 0;
+                for (long i = 0; i < IMAGES; i++) sum += total[i];
+                sums[(c * s.height + h) * s.width + w] = sum;
+            }
+}
+
+// m = m keep + scale x, keep (blocks, height, width, 16); norms, as keep, get the sums over the channels of m m added.
+// Columns of x are `step` elements apart; null keep and scale 0: m is only read. For the pixel rows [begin, end) of all blocks.
+template <class T>
+void remember(Shape s, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end) {
+    FlushToZero flush;
+    for (long row = begin; row < end; row++) {
+        const long b = row / s.height, h = row % s.height;
+        for (long c = 0; c < s.channels; c++) {
+            T *mr = pixel_row(m, b, c, h);
+            const T *xr = pixel_row(x, b, c, h);
+            for (long w = 0; w < s.width; w++) {
+                const long place = (row * s.width + w) * IMAGES;
+                Values<T> v = *(const Values<T> *)(mr + w * IMAGES);
+                if (keep) v *= *(const Values<T> *)(keep + place);
+                if (scale != 0) v += *(const Values<T> *)(xr + w * step) * scale;
+                if (keep || scale != 0) *(Values<T> *)(mr + w * IMAGES) = v;
+                *(Values<T> *)(norms + place) += v * v;
+            }
+        }
+    }
+}
+
+// ---- slabs
+
+// The rows of the padded image that a band of output rows reads, and that no later band adds to.
+INLINE long first_row(const Slabs &s, long band) { return band_begin(s, band) * s.stride[0]; }
+INLINE long end_row(const Slabs &s, long band) {
+    return (band_begin(s, band + 1) - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
+}
+INLINE long final_row(const Slabs &s, long band) {
+    return band + 1 < s.bands ? first_row(s, band + 1) : s.height + 2 * s.padding[0];
+}
+
+// What band and the next have in common moves from the end of the slab to its beginning; returns how many rows.
+template <class T> INLINE long move_rows(const Slabs &s, long band, long images, T *slab) {
+    const long moved = first_row(s, band) - first_row(s, band - 1), shared = end_row(s, band - 1) - first_row(s, band);
+    if (shared <= 0) return 0;
+    for (long i = 0; i < images; i++)
+        __builtin_memmove(slab + i * s.image, slab + i * s.image + moved * s.row, shared * s.row * sizeof(T));
+    return shared;
+}
+
+// The slab of a band of x, channels from `channel` on. The last band's rows, and zero outside the image, are there.
+template <class T> INLINE void read_slab(const Slabs &s, View<T> x, long first, long blocks, long channel, long band, T *slab) {
+    constexpr int L = Vec<T>::lanes;
+    const long channels = s.channels - channel, top = first_row(s, band), rows = end_row(s, band) - top;
+    for (long r = band ? move_rows(s, band, blocks * IMAGES, slab) : 0; r < rows; r++) {
+        const long h = top + r - s.padding[0];
+        for (long b = 0; b < blocks; b++) {
+            T *out = slab + b * IMAGES * s.image + r * s.row;
+            if (h < 0 || h >= s.height) {
+                for (long i = 0; i < IMAGES; i++) __builtin_memset(out + i * s.image, 0, s.row * sizeof(T));
+                continue;
+            }
+            const T *in = pixel_row(x, first + b, channel, h);
+            for (long c = 0; c < s.width; c += L)
+                for (long w = 0; w < s.in_width; w++)
+                    for (long lane = 0; lane < IMAGES; lane += L) {
+                        V<T> v[L];
+                        UNROLL for (int i = 0; i < L; i++)
+                            v[i] = c + i < channels ? load(in + (c + i) * x.channel + w * IMAGES + lane) : V<T>{};
+                        transpose<T>(v);
+                        UNROLL for (int i = 0; i < L; i++) store(out + (lane + i) * s.image + (w + s.padding[1]) * s.width + c, v[i]);
+                    }
+        }
+    }
+}
+
+// The finished rows of a slab of dx, plus base (channels, height, width) if there is one, to dx.
+template <class T>
+INLINE void write_slab(const Slabs &s, View<T> dx, long first, long blocks, long channel, long band, const T *slab, const T *base,
+                       bool accumulate) {
+    constexpr int L = Vec<T>::lanes;
+    const long channels = s.channels - channel, top = first_row(s, band), rows = final_row(s, band) - top;
+    for (long r = 0; r < rows; r++) {
+        const long h = top + r - s.padding[0];
+        if (h < 0 || h >= s.height) continue;
+        for (long b = 0; b < blocks; b++) {
+            const T *in = slab + b * IMAGES * s.image + r * s.row;
+            T *out = pixel_row(dx, first + b, channel, h);
+            const Values<T> real = real_images<T>(first + b, s.images);
+            for (long c = 0; c < s.width; c += L)
+                for (long w = 0; w < s.in_width; w++)
+                    for (long lane = 0; lane < IMAGES; lane += L) {
+                        V<T> v[L];
+                        UNROLL for (int i = 0; i < L; i++) v[i] = load(in + (lane + i) * s.image + (w + s.padding[1]) * s.width + c);
+                        transpose<T>(v);
+                        UNROLL for (int i = 0; i < L; i++) {
+                            if (c + i >= channels) continue;
+                            T *y = out + (c + i) * dx.channel + w * IMAGES + lane;
+                            if (base) v[i] += base[((channel + c + i) * s.height + h) * s.in_width + w] * load((const T *)&real + lane);
+                            store(y, accumulate ? load(y) + v[i] : v[i]);
+                        }
+                    }
+        }
+    }
+}
+
+// ---- products
+
+// R x C taps of N registers of channels. Columns lie next to each other; rows are `row` elements apart in the slab.
+template <int R, int C, int N, class T> struct Taps {
+    static constexpr int L = Vec<T>::lanes;
+
+    // The first elements of the rows. Opaque, or gcc forms each of the addresses anew from five numbers.
+    struct Rows {
+        T *at[R];
+        INLINE_MEMBER Rows(T *first, long row) {
+            UNROLL for (int r = 0; r < R; r++) {
+                at[r] = r ? at[r - 1] + row : first;
+                OPAQUE(at[r]);
+            }
+        }
+    };
+
+    // dw += value * x[position], with dw in registers while the entries of a list stream by
+    static void add_to_weights(long n, const Entry<T> *e, T *slab, long row, T *dw, long dw_row, bool fresh) {
+        V<T> acc[R][C * N];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = fresh ? V<T>{} : load(dw + r * dw_row + v * L);
+        for (long k = 0; k < n; k++) {
+            const Rows x(slab + e[k].position, row);
+            const V<T> g = splat(e[k].value);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < C * N; v++) acc[r][v] += g * load(x.at[r] + v * L);
+        }
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < C * N; v++) store(dw + r * dw_row + v * L, acc[r][v]);
+    }
+
+    // dx[position] += value * w, with w in registers
+    static void add_to_input(long n, const Entry<T> *e, T *slab, long row, T *weights, long w_row, bool) {
+        V<T> w[R][C * N];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < C * N; v++) w[r][v] = load(weights + r * w_row + v * L);
+        for (long k = 0; k < n; k++) {
+            const Rows x(slab + e[k].position, row);
+            const V<T> g = splat(e[k].value);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int v = 0; v < C * N; v++) store(x.at[r] + v * L, load(x.at[r] + v * L) + g * w[r][v]);
+        }
+    }
+};
+
+// Which are compiled: those that the registers hold. 3x3 taps of one or two registers each, one tap of up to eight.
+constexpr int MAX_TAPS = 3;
+constexpr bool has_taps(int r, int c, int n) { return r * c * n <= (REGISTERS == 32 ? 24 : 12); }
+
+template <class T> struct TapTiles {
+    typedef void (*Tile)(long, const Entry<T> *, T *, long, T *, long, bool);
+    Tile weights[MAX_TAPS][MAX_TAPS][4] = {}, input[MAX_TAPS][MAX_TAPS][4] = {};
+    template <int R, int C, int LOG> constexpr void fill() {
+        if constexpr (has_taps(R, C, 1 << LOG)) {
+            weights[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T>::add_to_weights;
+            input[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T>::add_to_input;
+        }
+        if constexpr (LOG < 3) fill<R, C, LOG + 1>();
+        else if constexpr (C < MAX_TAPS) fill<R, C + 1, 0>();
+        else if constexpr (R < MAX_TAPS) fill<R + 1, 1, 0>();
+    }
+    constexpr TapTiles() { fill<1, 1, 0>(); }
+};
+template <class T> constexpr TapTiles<T> tap_tiles;
+
+// All taps of a list, as many at once as the registers hold. w: (taps, width).
+template <class T>
+INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[MAX_TAPS][4], long n, const Entry<T> *e, T *slab, T *w,
+                     bool fresh) {
+    const int lanes = Vec<T>::lanes, vectors = (int)(s.width / lanes), log = __builtin_ctz(vectors);
+    const long column = s.dilation[1] * s.width, row = s.dilation[0] * s.row;
+    const int columns = s.dilation[1] > 1 ? 1 : s.kernel[1] < MAX_TAPS ? (int)s.kernel[1] : MAX_TAPS;
+    int rows = s.kernel[0] < MAX_TAPS ? (int)s.kernel[0] : MAX_TAPS;
+    while (rows > 1 && !has_taps(rows, columns, vectors)) rows--;
+    for (long k = 0; k < s.kernel[0]; k += rows)
+        for (long l = 0; l < s.kernel[1]; l += columns) {
+            const long r = s.kernel[0] - k < rows ? s.kernel[0] - k : rows, c = s.kernel[1] - l < columns ? s.kernel[1] - l : columns;
+            tiles[r - 1][c - 1][log](n, e, slab + k * row + l * column, row, w + (k * s.kernel[1] + l) * s.width,
+                                     s.kernel[1] * s.width, fresh);
+        }
+}
+
+// Calls f(output channel, n, its entries) for each list of some images of a band. The next lists are fetched meanwhile.
+template <class T, class F>
+INLINE void for_lists(const Slabs &s, const Entry<T> *entries, const int32_t *starts, long span, long list, F f) {
+    const long lists = s.bands * (s.span * IMAGES / s.group);
+    for (long o = 0; o < s.out_channels; o++) {
+        const long plane = span * s.out_channels + o;
+        const int32_t *start = starts + plane * (lists + 1) + list;
+        const Entry<T> *e = entries + plane * (s.capacity + IMAGES);
+        if (o + 2 < s.out_channels) {
+            const char *next = (const char *)(e + 2 * (s.capacity + IMAGES) + start[2 * (lists + 1)]);
+            __builtin_prefetch(next), __builtin_prefetch(next + 64);
+        }
+        f(o, start[1] - start[0], e + start[0]);
+    }
+}
+
+// One task: `width` channels of the blocks of one of `parts` runs of spans. dw (channel groups, out_channels, taps,
+// width), or, with row, (out_channels, row): one tap, whose channel groups lie side by side.
+template <class T>
+void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
+                          T *dw, long row, T *slab) {
+    FlushToZero flush;
+    const Slabs &s = *slabs;
+    const long group = task / parts, part = task % parts, spans = (s.blocks + s.span - 1) / s.span;
+    const long taps = s.kernel[0] * s.kernel[1], size = row ? row : taps * s.width;
+    dw += row ? group * s.width : group * s.out_channels * size;
+    bool fresh = true;
+    for (long span = spans * part / parts; span < spans * (part + 1) / parts; span++) {
+        const long first = span * s.span, blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
+        __builtin_memset(slab, 0, blocks * IMAGES * s.image * sizeof(T));
+        for (long band = 0; band < s.bands; band++) {
+            read_slab(s, x, first, blocks, group * s.width, band, slab);
+            for (long g = 0; g < s.span * IMAGES / s.group; g++, fresh = false)
+                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const Entry<T> *e) {
+                    if (n || fresh) all_taps(s, tap_tiles<T>.weights, n, e, slab, dw + o * size, fresh);
+                });
+        }
+    }
+}
+
+// One task: `width` channels of the blocks of one span. weights as dw above.
+template <class T>
+void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task, const T *weights,
+                         long row, const T *base, bool accumulate, T *slab) {
+    FlushToZero flush;
+    const Slabs &s = *slabs;
+    const long spans = (s.blocks + s.span - 1) / s.span, group = task / spans, span = task % spans;
+    const long first = span * s.span, blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
+    const long taps = s.kernel[0] * s.kernel[1], size = row ? row : taps * s.width;
+    weights += row ? group * s.width : group * s.out_channels * size;
+    __builtin_memset(slab, 0, blocks * IMAGES * s.image * sizeof(T));
+    for (long band = 0; band < s.bands; band++) {
+        if (band) {
+            const long shared = move_rows(s, band, blocks * IMAGES, slab);
+            for (long i = 0; i < blocks * IMAGES; i++)
+                __builtin_memset(slab + i * s.image + shared * s.row, 0, (s.image - shared * s.row) * sizeof(T));
+        }
+        for (long g = 0; g < s.span * IMAGES / s.group; g++)
+            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const Entry<T> *e) {
+                if (n) all_taps(s, tap_tiles<T>.input, n, e, slab, (T *)weights + o * size, false);
+            });
+        write_slab(s, dx, first, blocks, group * s.width, band, slab, base, accumulate);
+    }
+}
+
+// Weights (out, channels, taps) to (channel groups, out, taps, width), zero past the last channel, rows [begin, end)
+template <class T>
+void pack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed) {
+    for (long o = begin; o < end; o++)
+        for (long g = 0; g * width < channels; g++) {
+            const long real = channels - g * width < width ? channels - g * width : width;
+            const T *in = weights + (o * channels + g * width) * taps;
+            T *out = packed + (g * rows + o) * taps * width;
+            for (long t = 0; t < taps; t++) {
+                for (long c = 0; c < real; c++) out[t * width + c] = in[c * taps + t];
+                for (long c = real; c < width; c++) out[t * width + c] = T(0);
+            }
+        }
+}
+
+// And back: grad (+)= the sum of `parts` packed gradients, each of n values
+template <class T>
+void unpack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, long parts, long n, const T *packed,
+                         T *grad, bool accumulate) {
+    FlushToZero flush;
+    for (long o = begin; o < end; o++)
+        for (long g = 0; g * width < channels; g++) {
+            const long real = channels - g * width < width ? channels - g * width : width;
+            const T *in = packed + (g * rows + o) * taps * width;
+            T *out = grad + (o * channels + g * width) * taps;
+            for (long t = 0; t < taps; t++)
+                for (long v = 0; v < width; v += Vec<T>::lanes) {
+                    V<T> total = load(in + t * width + v);
+                    for (long p = 1; p < parts; p++) total += load(in + p * n + t * width + v);
+                    T sums[Vec<T>::lanes];
+                    store(sums, total);
+                    const long stop = real - v < Vec<T>::lanes ? real - v : Vec<T>::lanes;
+                    if (accumulate)
+                        for (long c = 0; c < stop; c++) out[(v + c) * taps + t] += sums[c];
+                    else
+                        for (long c = 0; c < stop; c++) out[(v + c) * taps + t] = sums[c];
+                }
+        }
+}

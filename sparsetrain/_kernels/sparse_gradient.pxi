@@ -1,0 +1,310 @@
+# ---- sparse output gradients; part of core.pyx
+
+DITHER, THRESHOLD = kernels.DITHER, kernels.THRESHOLD  # as in kernels.hh
+
+
+def vector_lanes(dtype):
+    """Values of a dtype in a register of the instruction set in use."""
+    return kernels.isas[<int>_ISAS[_isa]].build.vector_bytes // np.dtype(dtype).itemsize
+
+
+cdef class SlabPlan:
+    """How the products of a layer with a sparse output gradient run: kernels.hh's Slabs, and `parts`, into how many runs
+    the slabs are cut for the weight gradient."""
+    cdef:
+        Slabs s
+        readonly long parts, lists, planes, channel_groups, spans, taps
+
+    def __init__(self, *, long blocks, long images, long channels, long height, long in_width, long out_channels,
+                 long out_height, long out_width, kernel, stride, padding, dilation, long width, long span, long group,
+                 long bands, long row, long image, long parts):
+        cdef int i
+        self.s.blocks, self.s.images, self.s.channels, self.s.height, self.s.in_width = blocks, images, channels, height, in_width
+        self.s.out_channels, self.s.out_height, self.s.out_width = out_channels, out_height, out_width
+        for i in range(2):
+            self.s.kernel[i], self.s.stride[i] = kernel[i], stride[i]
+            self.s.padding[i], self.s.dilation[i] = padding[i], dilation[i]
+        self.s.width, self.s.span, self.s.group, self.s.bands, self.s.row, self.s.image = width, span, group, bands, row, image
+        self.s.capacity = span * 16 * out_height * out_width
+        self.parts, self.lists = parts, bands * (span * 16 // group)
+        self.spans = (blocks + span - 1) // span
+        self.planes, self.channel_groups = self.spans * out_channels, (channels + width - 1) // width
+        self.taps = self.s.kernel[0] * self.s.kernel[1]
+
+    width = property(lambda self: (<SlabPlan>self).s.width)
+    span = property(lambda self: (<SlabPlan>self).s.span)
+    group = property(lambda self: (<SlabPlan>self).s.group)
+    bands = property(lambda self: (<SlabPlan>self).s.bands)
+
+    cdef long slab(self):
+        """Elements of a slab."""
+        return self.s.span * 16 * self.s.image
+
+    cdef long weights(self):
+        """Elements of the packed weights."""
+        return self.channel_groups * self.s.out_channels * self.taps * self.s.width
+
+    cdef bint in_place(self):
+        """Whether the weights are used as they lie: one tap, and whole groups of channels."""
+        return self.taps == 1 and self.s.channels % self.s.width == 0
+
+    cdef double work(self, double entries):
+        """Multiply-adds / 8 of a product."""
+        return entries * self.taps * self.s.channels / 8
+
+
+cdef int fits(SlabPlan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy) except -1:
+    """ValueError unless the plan was made for arrays of these shapes, each None or not."""
+    if x is not None and (x.shape[0], x.shape[1], x.shape[2], x.shape[3]) != (
+            p.s.blocks, p.s.channels, p.s.height, p.s.in_width):
+        raise ValueError("the plan was made for another shape of x")
+    if dy is not None and (dy.shape[0], dy.shape[1], dy.shape[2], dy.shape[3]) != (
+            p.s.blocks, p.s.out_channels, p.s.out_height, p.s.out_width):
+        raise ValueError("the plan was made for another shape of dy")
+    return 0
+
+
+cdef class Entries:
+    """The values of an output gradient that are not zero, in lists as a SlabPlan says.
+
+    nnz: how many they are; clipped: how many were too large for the limit.
+    """
+    cdef:
+        readonly SlabPlan plan
+        readonly long nnz, clipped
+        readonly object dtype
+        Buffer entries, starts
+
+    def __dealloc__(self):
+        if self.entries is not None:
+            _buffers.setdefault("entries", self.entries)
+            _buffers.setdefault("starts", self.starts)
+
+    def to_lists(self):
+        """[(span, output channel, list, positions, values)] of the lists that are not empty, for tests."""
+        cdef:
+            long plane, i
+            int32_t[:, ::1] starts = np.frombuffer(
+                self.starts.raw, np.int32, self.plan.planes * (self.plan.lists + 1)).reshape(self.plan.planes, -1)
+        kind = np.dtype([("position", np.int32), ("value", self.dtype)], align=True)
+        entries = np.frombuffer(self.entries.raw, kind, self.plan.planes * (self.plan.s.capacity + 16))
+        found = []
+        for plane in range(self.plan.planes):
+            for i in range(self.plan.lists):
+                if starts[plane, i + 1] > starts[plane, i]:
+                    first = plane * (self.plan.s.capacity + 16)
+                    run = entries[first + starts[plane, i]:first + starts[plane, i + 1]]
+                    found.append((plane // self.plan.s.out_channels, plane % self.plan.s.out_channels, i,
+                                  run["position"].copy(), run["value"].copy()))
+        return found
+
+
+cdef Sparsifier[floating] sparsifier(SlabPlan p, int kind, double step, long limit, uint64_t seed, const floating[:, :, ::1] base,
+                                     const floating[:, :, :, ::1] chosen, const floating[:, ::1] thresholds) except *:
+    cdef Sparsifier[floating] how
+    how.kind, how.step, how.limit, how.seed = kind, <floating>step, limit, seed
+    how.base = NULL
+    how.chosen = NULL
+    how.thresholds = NULL
+    if base is not None:
+        if (base.shape[0], base.shape[1], base.shape[2]) != (p.s.out_channels, p.s.out_height, p.s.out_width):
+            raise ValueError("base must have the shape of one image of dy")
+        how.base = &base[0, 0, 0]
+    if chosen is not None:
+        if (chosen.shape[0], chosen.shape[1], chosen.shape[2], chosen.shape[3]) != (
+                p.s.blocks, p.s.out_height, p.s.out_width, 16):
+            raise ValueError("chosen must have the shape (blocks, height, width, 16) of dy")
+        how.chosen = &chosen[0, 0, 0, 0]
+    if thresholds is not None:
+        same_length("thresholds", thresholds.shape[0] * thresholds.shape[1], 16 * p.s.blocks)
+        how.thresholds = &thresholds[0, 0]
+    return how
+
+
+def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0, long limit=0, uint64_t seed=0,
+             const floating[:, :, ::1] base=None, const floating[:, :, :, ::1] chosen=None,
+             const floating[:, ::1] thresholds=None):
+    """The Entries of dy as kernels.hh's Sparsifier says."""
+    fits[floating](plan, None, dy)
+    cdef:
+        Sparsifier[floating] how = sparsifier[floating](plan, kind, step, limit, seed, base, chosen, thresholds)
+        View[floating] g = view(dy)
+        Entries out = Entries()
+        long n = plan.planes, c, lists = plan.lists
+        int threads = team(n, 2. * n * plan.s.capacity)
+        long chunks = chunks_of(n, threads)
+        long each = 16 * (plan.s.capacity // plan.s.span // 16 + 16)
+        Buffer scratch = borrow("scratch", each * threads * sizeof(Entry[floating]))
+        Entry[floating] *s = <Entry[floating] *>scratch.data
+        Entry[floating] *e
+        int32_t *starts
+        int64_t[::1] clipped = np.empty(n, np.int64)
+        int64_t *clips = &clipped[0]
+        long plane
+    out.plan, out.dtype = plan, np.dtype(np.float32 if sizeof(floating) == 4 else np.float64)
+    out.entries = borrow("entries", n * (plan.s.capacity + 16) * sizeof(Entry[floating]))
+    out.starts = borrow("starts", n * (lists + 1) * sizeof(int32_t))
+    e, starts = <Entry[floating] *>out.entries.data, <int32_t *>out.starts.data
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
+                         s + each * threadid())
+    give_back("scratch", scratch)
+    for plane in range(n):
+        out.nnz += starts[plane * (lists + 1) + lists]
+        out.clipped += clipped[plane]
+    return out
+
+
+def sparsify(SlabPlan plan, floating[:, :, :, :, :] dy, floating[:, :, :, :, :] out, int kind, double step=0, long limit=0,
+             uint64_t seed=0, const floating[:, :, ::1] base=None, const floating[:, :, :, ::1] chosen=None,
+             const floating[:, ::1] thresholds=None):
+    """out[:] = the gradient that is used, base and all; out may be dy. Returns (nnz, clipped) of compress()."""
+    fits[floating](plan, None, dy)
+    same_shape(dy, out)
+    cdef:
+        Sparsifier[floating] how = sparsifier[floating](plan, kind, step, limit, seed, base, chosen, thresholds)
+        View[floating] g = view(dy), o = view(out)  # OUT out
+        long n = plan.s.blocks * plan.s.out_channels, c
+        int threads = team(n, size(shape_of(dy, 0)))
+        long chunks = chunks_of(n, threads)
+        int64_t[:, ::1] counts = np.empty((2, n), np.int64)
+        int64_t *nnz = &counts[0, 0]
+        int64_t *clips = &counts[1, 0]
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.sparsify(&plan.s, &how, g, o, n * c // chunks, n * (c + 1) // chunks, nnz, clips)
+    return tuple(int(k) for k in np.asarray(counts).sum(1))
+
+
+def standard_deviation(floating[:, :, :, :, :] x, long images):
+    """That of all values of the images, as a float; padding lanes are left out."""
+    cdef:
+        Shape s = shape_of(x, images)
+        View[floating] xv = view(x)
+        long n = s.blocks * s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+        double[:, ::1] sums = np.empty((n, 2))
+        double *out = &sums[0, 0]
+        floating origin = x[0, 0, 0, 0, 0]
+        double count = <double>images * s.channels * s.height * s.width, mean, squares
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.deviations(s, xv, origin, out, n * c // chunks, n * (c + 1) // chunks)
+    mean, squares = np.asarray(sums).sum(0) / count
+    return sqrt(max(0., squares - mean * mean)) if squares - mean * mean == squares - mean * mean else float("nan")
+
+
+def sum_images(floating[:, :, :, :, :] x, long images, floating[:, :, ::1] sums):
+    """sums[:] (channels, height, width) = the sum of x over the images."""
+    cdef:
+        Shape s = shape_of(x, images)
+        View[floating] xv = view(x)
+        floating *out = &sums[0, 0, 0]  # OUT
+        long n = s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+    same_length("sums", sums.shape[0] * sums.shape[1] * sums.shape[2], s.channels * s.height * s.width)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.sum_images(s, xv, out, n * c // chunks, n * (c + 1) // chunks)
+
+
+def remember(floating[:, :, :, :, :] m, floating[:, :, :, :, :] x, double scale, const floating[:, :, :, ::1] keep,
+             floating[:, :, :, ::1] norms):
+    """m[:] = m keep + scale x; norms[:] += the sums over the channels of its squares.
+
+    keep (may be None: m is only scaled by 1) and norms are (blocks, height, width, 16). x may step over pixels. x None: m is
+    as it is.
+    """
+    cdef:
+        Shape s = shape_of(m, 16 * m.shape[0])
+        View[floating] mv = view(m), xv = view(m if x is None else x)  # OUT m
+        long n = s.blocks * s.height, c, step = 0 if x is None else x.strides[3] // sizeof(floating)
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+        const floating *k = NULL
+        floating *out = &norms[0, 0, 0, 0]  # OUT
+        floating factor = 0 if x is None else scale
+    if x is not None:
+        same_shape(m, x)
+    same_length("norms", norms.shape[0] * norms.shape[1] * norms.shape[2], n * s.width)
+    if keep is not None:
+        same_length("keep", keep.shape[0] * keep.shape[1] * keep.shape[2], n * s.width)
+        k = &keep[0, 0, 0, 0]
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.remember(s, mv, xv, step, factor, k, out, n * c // chunks, n * (c + 1) // chunks)
+
+
+def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:, :, :, :, :] dx, bint accumulate=False,
+                        const floating[:, :, ::1] base=None):
+    """dx[:] = (dx if accumulate) + the entries times the weights (out, channels, taps) + base, that of every image."""
+    cdef:
+        SlabPlan p = entries.plan
+        View[floating] d
+        const Entry[floating] *e = <const Entry[floating] *>entries.entries.data
+        const int32_t *starts = <const int32_t *>entries.starts.data
+        long n = p.spans * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
+        int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
+        long chunks = chunks_of(rows, threads), row = p.s.channels if p.in_place() else 0
+        Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
+        floating *s = <floating *>slabs.data
+        const floating *w = &weights[0]
+        const floating *b = NULL
+        floating *packing
+    fits[floating](p, dx, None)
+    check_dtype(entries, sizeof(floating))
+    same_length("weights", weights.shape[0], rows * p.s.channels * p.taps)
+    d = view(dx)  # OUT
+    if base is not None:
+        same_length("base", base.shape[0] * base.shape[1] * base.shape[2], p.s.channels * p.s.height * p.s.in_width)
+        b = &base[0, 0, 0]
+    if not row:
+        packed = borrow("parts", p.weights() * sizeof(floating))
+        packing = <floating *>packed.data
+        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+            kernels.pack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, w,
+                                      packing)
+        w = packing
+    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.slab_input_gradient(&p.s, d, e, starts, i, w, row, b, accumulate, s + each * threadid())
+    if not row:
+        give_back("parts", packed)
+    give_back("slabs", slabs)
+
+
+def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::1] grad, bint accumulate):
+    """grad[:] (out, channels, taps) = (grad if accumulate) + the entries times x."""
+    cdef:
+        SlabPlan p = entries.plan
+        View[floating] xv
+        const Entry[floating] *e = <const Entry[floating] *>entries.entries.data
+        const int32_t *starts = <const int32_t *>entries.starts.data
+        long parts = p.parts, n = parts * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
+        int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
+        long chunks = chunks_of(rows, threads)
+        bint direct = p.in_place() and not accumulate and parts == 1
+        long row = p.s.channels if direct else 0, values = p.weights()
+        Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
+        floating *s = <floating *>slabs.data
+        floating *dw
+        floating *out = &grad[0]  # OUT
+    fits[floating](p, x, None)
+    check_dtype(entries, sizeof(floating))
+    xv = view(x)
+    same_length("grad", grad.shape[0], rows * p.s.channels * p.taps)
+    dw = out
+    if not direct:
+        packed = borrow("parts", parts * values * sizeof(floating))
+        dw = <floating *>packed.data
+    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.slab_weight_gradient(&p.s, xv, e, starts, i, parts, dw + i % parts * values, row, s + each * threadid())
+    if not direct:
+        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+            kernels.unpack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, parts,
+                                        values, dw, out, accumulate)
+        give_back("parts", packed)
+    give_back("slabs", slabs)
+
+
+cdef int check_dtype(Entries entries, long size) except -1:
+    if entries.dtype.itemsize != size:
+        raise TypeError(f"the entries are {entries.dtype}, the arrays have values of {size} bytes")
+    return 0

@@ -1,0 +1,52 @@
+"""Dithered backprop: stochastic rounding of output gradients to few, mostly zero, levels."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsetrain import checks, sparse_gradient
+from sparsetrain._kernels import core
+from sparsetrain.backprop.method import Method
+
+FASTEST = 2.0  # by which s changes from one pass to the next, at most, while a sparsity is to be held
+
+
+@dataclass
+class Dithered(Method):
+    """Each layer's output gradient is rounded to multiples of s standard deviations, up or down at random so that its
+    mean stays.
+
+    The same sample serves input and weight gradient; the bias's is exact. s > 0: larger is sparser; about 2 gives 61
+    % zeros for normal gradients, 74 % behind a ReLU, more for heavier tails. sparsity in (0, 1): instead of s held
+    fixed, it is changed in each layer, from s on, until so many values are zero. bits=8: multiples beyond +-127 are
+    clipped, and counted.
+
+    Source: Wiedemann et al., Dithered backprop, arXiv 2004.04729 (non-subtractive dither, step s * sigma over the
+    layer's whole gradient). A gradient whose deviation is 0 or not finite is used as it is. The target sparsity is
+    ours.
+    """
+
+    s: float = 2.0
+    sparsity: float | None = None
+    bits: int | None = None
+
+    def check(self):
+        if checks.number("s", self.s) <= 0:
+            raise ValueError(f"s is {self.s}, must be above 0")
+        if self.sparsity is not None and not 0 < checks.number("sparsity", self.sparsity) < 1:
+            raise ValueError(f"sparsity is {self.sparsity}, must be in (0, 1)")
+        if self.bits not in (None, 8):
+            raise ValueError(f"bits is {self.bits!r}, must be 8 or None")
+
+    def select(self, layer, x, geometry, dy):
+        step = layer.state.get("s", self.s) * core.standard_deviation(dy.array, dy.n)
+        if not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
+            return None
+        return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None else 127)
+
+    def after(self, layer, dy, used):
+        if self.sparsity is not None and used is not None:
+            # Far out, the share of values that stay is in proportion to 1 / s; nearer it changes more slowly.
+            change = used.density / (1 - self.sparsity)
+            layer.state["s"] = layer.state.get("s", self.s) * min(FASTEST, max(1 / FASTEST, math.sqrt(change)))

@@ -1,0 +1,198 @@
+"""What all methods have in common: the layers they are used in, their state, and what they report."""
+
+import fnmatch
+import time
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+
+from sparsetrain import checks, ops, sparse_gradient
+from sparsetrain.nn import Conv2d, Linear
+
+
+@dataclass
+class Method:
+    """How convolutions and linear layers use their output gradients. A method is a subclass with a `select`.
+
+    exclude: layer names or globs ("0", "3.body.*") that stay exact. layers: {name or glob: {argument: value}}, other
+    arguments for these layers; the first match counts. angles: measure the angle between the gradient that is used
+    and the exact one, which takes longer than the step itself. seed: of the random numbers; they depend on it, the
+    layer and the step alone.
+    """
+
+    exclude: tuple = field(default=(), kw_only=True)
+    layers: dict = field(default_factory=dict, kw_only=True)
+    angles: bool = field(default=False, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self):
+        checks.integer("seed", self.seed, low=0)
+        if isinstance(self.exclude, str):
+            raise TypeError(f"exclude is {self.exclude!r}, must be a sequence of layer names or globs")
+        self.exclude, self.attached, self.optimizer = tuple(self.exclude), [], None
+        known = {f.name for f in fields(self)} - {"exclude", "layers", "angles", "seed"}
+        for glob, arguments in self.layers.items():
+            for name in arguments:
+                checks.one_of(f"an argument in layers[{glob!r}]", name, sorted(known))
+            replace(self, layers={}, exclude=(), **arguments)  # its checks
+        self.check()
+
+    def check(self):
+        """ValueError or TypeError unless the arguments are right."""
+
+    # ---- what a method defines
+
+    def select(self, layer, x, geometry, dy):
+        """The Selection of the values of dy (a Blocked) that are used, or None for all of them.
+
+        dy may be changed: the bias's gradient has been taken from it. layer: a Layer, whose `state`, `random()` and
+        counters are the method's to use.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define select(layer, x, geometry, dy)")
+
+    def after(self, layer, dy, used):
+        """Called after each backward pass with what it used, a sparse_gradient.Used (None: all was used)."""
+
+    def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
+        """dx of the layer; adds the gradients of weight and bias. Returns (dx, Used or None)."""
+        selection = self.select(layer, x, geometry, dy)
+        if selection is None:
+            return ops.conv2d_backward(x, weight, bias, geometry, dy, halo, into), None
+        if self.angles:
+            layer.measure_angle(x, weight, geometry, dy, selection)
+        return sparse_gradient.backward(x, weight, bias, geometry, dy, selection, halo, into, layer.density)
+
+    # ---- the model
+
+    def attach(self, model, optimizer=None):
+        """Use the method in the convolutions and linear layers of the model, from now on. Returns self.
+
+        ValueError for a glob that matches none of them. optimizer: whose learning rate a method that needs one reads.
+        """
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, (Conv2d, Linear))]
+        names = [name for name, _ in found]
+        for argument, globs in (("exclude", self.exclude), ("layers", self.layers)):
+            for glob in globs:
+                if not fnmatch.filter(names, glob):
+                    raise ValueError(f"{argument} has {glob!r}, which matches none of the layers {', '.join(names)}")
+        self.detach()
+        self.optimizer = optimizer
+        for index, (name, module) in enumerate(found):
+            module.backprop = None
+            if not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude):
+                module.backprop = Layer(self._for(name), name, index, module)
+                module.backprop.method.optimizer = optimizer
+                self.attached.append(module.backprop)
+        return self
+
+    def detach(self):
+        """Go back to exact backward passes."""
+        for layer in self.attached:
+            layer.module.backprop = None
+        self.attached = []
+
+    def _for(self, name):
+        for glob, arguments in self.layers.items():
+            if fnmatch.fnmatchcase(name, glob):
+                return replace(self, layers={}, exclude=(), **arguments)
+        return replace(self, layers={}, exclude=())
+
+    def begin_epoch(self, epoch, steps=None):
+        """Say that an epoch (from 0) of so many steps begins, which some methods depend on. A Trainer does."""
+        for layer in self.attached:
+            layer.epoch, layer.step, layer.steps = epoch, 0, steps
+
+    def report(self):
+        """{layer: {"values", "gradient_sparsity", "ms", "angle", "clipped"}}, means over the backward passes since
+        the last report.
+
+        values: of its output gradients, in all; gradient_sparsity: share of them that was not used; ms: of a backward
+        pass; angle in degrees, None unless measured; clipped: share of the values.
+        """
+        return {layer.name: layer.report() for layer in self.attached}
+
+    # ---- state
+
+    def state_dict(self):
+        """{"layer/name": number or array}: with it a run goes on as if it had not been interrupted."""
+        return {f"{layer.name}/{key}": value for layer in self.attached for key, value in layer.get_state().items()}
+
+    def load_state_dict(self, state):
+        """Take the values of state_dict(); KeyError, with nothing changed, for one that belongs to no layer."""
+        layers = {layer.name: layer for layer in self.attached}
+        for key in state:
+            if key.rpartition("/")[0] not in layers:
+                raise KeyError(f"the state has {key!r}, the method is used in the layers {', '.join(layers)}")
+        for name, layer in layers.items():
+            layer.set_state({k.rpartition("/")[2]: v for k, v in state.items() if k.rpartition("/")[0] == name})
+
+
+class Layer:
+    """What a method knows of one layer: `state` is the method's own, numbers and arrays by name.
+
+    passes: backward passes so far; epoch, step (in it) and steps (of it, None if unknown): as begin_epoch() said;
+    density: the share of values that the last pass used, None at first.
+    """
+
+    def __init__(self, method, name, index, module):
+        self.method, self.name, self.index, self.module = method, name, index, module
+        self.state, self.passes, self.density = {}, 0, None
+        self.epoch, self.step, self.steps = 0, 0, None
+        self._start_report()
+
+    def random(self):
+        """A numpy Generator for this pass."""
+        return np.random.default_rng((self.method.seed, self.index, self.passes))
+
+    def seed(self):
+        """A number of 64 bits for this pass."""
+        return int(np.random.SeedSequence((self.method.seed, self.index, self.passes)).generate_state(1, np.uint64)[0])
+
+    def backward(self, x, weight, bias, geometry, dy, halo, into=None):
+        """dx, as of ops.conv2d_backward()."""
+        start = time.perf_counter()
+        dx, used = self.method.backward(self, x, weight, bias, geometry, dy, halo, into)
+        self._ms += 1e3 * (time.perf_counter() - start)
+        values = dy.n * int(np.prod(dy.shape[1:]))
+        self._values += values
+        self._used += values if used is None else used.nnz
+        self._clipped += 0 if used is None else used.clipped
+        self._passes += 1
+        if used is not None:
+            self.density = used.density
+        self.method.after(self, dy, used)
+        self.passes, self.step = self.passes + 1, self.step + 1
+        return dx
+
+    def measure_angle(self, x, weight, geometry, dy, selection):
+        """Note the angle between dy and the gradient that is used, in degrees."""
+        used = sparse_gradient.written_out(x, weight, geometry, dy, selection)[0].array.astype(np.float64)
+        exact = dy.array.astype(np.float64)
+        lengths = np.sqrt((exact**2).sum() * (used**2).sum())
+        if lengths > 0:
+            self._angles.append(float(np.degrees(np.arccos(min(1.0, (exact * used).sum() / lengths)))))
+
+    def report(self):
+        passes, values = max(1, self._passes), max(1, self._values)
+        row = {
+            "values": self._values,
+            "gradient_sparsity": 1 - self._used / values if self._passes else 0.0,
+            "ms": self._ms / passes,
+            "angle": float(np.mean(self._angles)) if self._angles else None,
+            "clipped": self._clipped / values,
+        }
+        self._start_report()
+        return row
+
+    def _start_report(self):
+        self._ms, self._used, self._values, self._clipped, self._passes, self._angles = 0.0, 0, 0, 0, 0, []
+
+    def get_state(self):
+        density = {} if self.density is None else {"density": self.density}
+        return {"passes": self.passes, **density, **{f"state.{k}": v for k, v in self.state.items()}}
+
+    def set_state(self, saved):
+        self.passes = int(saved.get("passes", 0))
+        self.density = float(saved["density"]) if "density" in saved else None
+        prefix = "state."
+        self.state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}

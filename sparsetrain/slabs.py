@@ -1,0 +1,66 @@
+"""How the products of a layer with a sparse output gradient run: channel-last slabs of x, and lists of entries.
+
+sparse_gradient.hh says what slabs and lists are. Here they are given their sizes, from the shapes and the instruction
+set alone, so that no result depends on the number of threads.
+"""
+
+from sparsetrain._kernels import core
+
+L1_BYTES = 72 << 10
+SLAB_BYTES = 512 << 10  # half of an L2 of 1 MB
+TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
+
+
+def _vectors(channels, taps, lanes):
+    """Registers of channels side by side: as many as there are channels for, and as all taps of a tile leave."""
+    most = 8 if taps == 1 else 4 if taps <= 3 else 2
+    if lanes < 16:
+        most = min(most, 4)
+    while most > 1 and (most // 2) * lanes >= channels:
+        most //= 2
+    return most
+
+
+def plan(x_shape, dtype, dy_shape, images, kernel, geometry):
+    """The SlabPlan for blocked shapes of x and dy (blocks, channels, height, width, 16). geometry.groups must be 1."""
+    blocks, channels, height, width = x_shape[:4]
+    _, out_channels, out_height, out_width = dy_shape[:4]
+    taps, size = kernel[0] * kernel[1], dtype.itemsize
+    lanes = core.vector_lanes(dtype)
+    side = _vectors(channels, taps, lanes) * lanes
+    row = (width + 2 * geometry.padding[1]) * side
+    padded = height + 2 * geometry.padding[0]
+    reach, stride = geometry.reach(kernel)[0] + 1, geometry.stride[0]
+
+    def rows(bands):
+        """Rows of the slab of the largest band."""
+        begin = [b * out_height // bands for b in range(bands + 1)]
+        last = padded - begin[-2] * stride
+        return max(
+            [last]
+            + [max((e - b - 1) * stride + reach, (e - b) * stride) for b, e in zip(begin, begin[1:], strict=False)]
+        )
+
+    bands = 1
+    while bands < out_height and rows(bands) * row * size > L1_BYTES:
+        bands += 1
+    while bands > 1 and rows(bands - 1) == rows(bands):
+        bands -= 1
+    # An odd number of lines, or all images would share one set of the L1 cache
+    line = 64 // size
+    image = (-(-rows(bands) * row // line) | 1) * line
+    group, span = 1, 1
+    while group < 16 and 2 * group * image * size <= L1_BYTES:
+        group *= 2
+    if group == 16:
+        while span * 2 <= blocks and 32 * span * image * size <= L1_BYTES:
+            span *= 2
+        group = 16 * span
+    spans = -(-blocks // span)
+    channel_groups = -(-channels // side)
+    parts = min(spans, -(-TASKS // channel_groups))
+    return core.SlabPlan(
+        blocks=blocks, images=images, channels=channels, height=height, in_width=width, out_channels=out_channels,
+        out_height=out_height, out_width=out_width, kernel=kernel, stride=geometry.stride, padding=geometry.padding,
+        dilation=geometry.dilation, width=side, span=span, group=group, bands=bands, row=row, image=image, parts=parts,
+    )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Backward passes that use only some values of the output gradient.
+
+A Selection says which, and as what. They are stored as lists (core.Entries) and multiplied by the kernels of
+sparse_gradient.hh, or, where few are left out or few weights are stored, the gradient that is used is written out and
+goes through the ordinary kernels. Both give the same result to rounding.
+"""
+
+import math
+import time
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from sparsetrain import arrays, ops, slabs
+from sparsetrain._kernels import core
+from sparsetrain.record import tell
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which values of an output gradient are used, and as what. Made by dither(), above(), chosen() and nonzero()."""
+
+    kind: int = core.THRESHOLD
+    step: float = 0.0
+    limit: int = 0
+    seed: int = 0
+    base: np.ndarray | None = None
+    chosen: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
+
+    def arguments(self):
+        """Those of core.compress() and core.sparsify()."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def nonzero():
+    """All values that are not zero."""
+    return Selection()
+
+
+def dither(step, seed, limit=0):
+    """step * floor(value / step + u), u uniform in [0, 1) from a hash of the seed and the value's place.
+
+    A multiple of `step` > 0 whose mean is the value. limit: multiples beyond +-limit are clipped (0: none is).
+    """
+    return Selection(core.DITHER, step, limit, seed)
+
+
+def above(thresholds, base=None):
+    """Values above the threshold of their image in magnitude, (blocks, 16) or one number; all others are zero.
+
+    With base, one image of the gradient (channels, height, width): values whose difference from it is above the
+    threshold; all others are the base's.
+    """
+    return Selection(base=base, thresholds=thresholds)
+
+
+def chosen(mask):
+    """Values times those of mask (blocks, height, width, 16): all channels of some pixels of some images."""
+    return Selection(chosen=mask)
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a backward pass used: nnz of `values`, how many were clipped, and whether they were skipped or multiplied by
+    the ordinary kernels ("gradient" or "weight")."""
+
+    nnz: int
+    values: int
+    clipped: int
+    kernel: str
+
+    @property
+    def density(self):
+        """nnz a value."""
+        return self.nnz / self.values
+
+
+# Of a backward pass over a layer of 256 channels on 2 cores: time by the share of values used, and by the share of
+# weights stored (1 / 300 is the dense kernels' 300 GFLOP/s), relative to all multiply-adds.
+def _gradient_time(density, channels, lanes):
+    return (density + 0.01) / 130 * max(1, lanes / channels)
+
+
+def _weight_time(density):
+    return (density + 0.04) / 300
+
+
+def skips(weight, geometry, density):
+    """Whether skipping zeros of the gradient is faster than the kernels that skip removed weights, for this share of
+    values used."""
+    if geometry.groups > 1:
+        return False
+    lanes = core.vector_lanes(weight.data.dtype)
+    stored = 1 - weight.sparsity
+    return _gradient_time(density, weight.shape[1], lanes) < _weight_time(stored)
+
+
+def plan(x, weight, geometry, dy):
+    """The SlabPlan for arrays of these shapes, made once for the weight's structure."""
+    kernel = (*weight.shape, 1, 1)[2:4]
+    key = ("slabs", geometry, x.array.shape, dy.array.shape, x.n, x.dtype.char, core.get_isa())
+    plans = weight.structure.plans
+    if key not in plans:
+        plans[key] = slabs.plan(x.array.shape, x.dtype, dy.array.shape, x.n, kernel, geometry)
+    return plans[key]
+
+
+def written_out(x, weight, geometry, dy, selection):
+    """The gradient that is used as a Blocked, and Used."""
+    start = time.perf_counter()
+    out = dy.like(geometry.grad_halo((*weight.shape, 1, 1)[2:4]))
+    nnz, clipped = core.sparsify(plan(x, weight, geometry, dy), dy.array, out.array, **_arguments(selection, dy))
+    tell("sparsify", start, [dy], [out], weight=weight, output=dy)
+    return out, _used(dy, nnz, clipped, "weight")
+
+
+def _arguments(selection, dy):
+    found = selection.arguments()
+    if found["thresholds"] is not None:
+        shape = (len(dy.array), arrays.IMAGES)
+        found["thresholds"] = np.ascontiguousarray(np.broadcast_to(found["thresholds"], shape), dy.dtype)
+    return found
+
+
+def _used(dy, nnz, clipped, kernel):
+    return Used(nnz, math.prod(dy.shape), clipped, kernel)
+
+
+def _entries(x, weight, geometry, dy, selection, expected):
+    """The Entries and Used, or None twice where the ordinary kernels will be or turn out to be faster."""
+    if expected is not None and not skips(weight, geometry, expected) or geometry.groups > 1:
+        return None, None
+    start = time.perf_counter()
+    entries = core.compress(plan(x, weight, geometry, dy), dy.array, **_arguments(selection, dy))
+    tell("compress", start, [dy], [], weight=weight, output=dy)
+    used = _used(dy, entries.nnz, entries.clipped, "gradient")
+    return (entries, used) if skips(weight, geometry, used.density) else (None, None)
+
+
+def backward(x, weight, bias, geometry, dy, selection, halo=(0, 0), into=None, expected=None):
+    """(dx, Used) of conv2d() for the values of dy that the selection uses; adds the gradients of weight and bias.
+
+    The bias's is exact. expected: the share of values that will be used, if known. No dx if halo is None; it is added
+    to the Blocked `into` if given.
+    """
+    ops.bias_gradient(bias, dy)
+    entries, used = _entries(x, weight, geometry, dy, selection, expected)
+    if entries is None:
+        out, used = written_out(x, weight, geometry, dy, selection)
+        return ops.conv2d_backward(x, weight, None, geometry, out, halo, into), used
+    full = weight if weight.structure.dense else weight.full()
+    _add_weight_gradient(entries, x, weight, full, dy)
+    base_dx = None
+    if selection.base is not None:
+        base_dx = _base_backward(x, full, geometry, selection.base, halo is not None)
+    if full is not weight:
+        weight.collect()
+    if halo is None:
+        return None, used
+    start = time.perf_counter()
+    dx = x.like(halo) if into is None else into
+    core.slab_input_gradient(entries, full.data.reshape(-1), dx.array, into is not None, base_dx)
+    tell("input gradient", start, [dy, into], [dx], weight=weight, output=dy)
+    return dx, used
+
+
+def weight_gradient(x, weight, geometry, dy, selection, expected=None):
+    """Adds the gradient of the weight alone, for a selection without base; returns Used."""
+    entries, used = _entries(x, weight, geometry, dy, selection, expected)
+    if entries is None:
+        out, used = written_out(x, weight, geometry, dy, selection)
+        ops.weight_gradient(x, weight, geometry, out)
+        return used
+    full = weight if weight.structure.dense else weight.full()
+    _add_weight_gradient(entries, x, weight, full, dy)
+    if full is not weight:
+        weight.collect()
+    return used
+
+
+def _add_weight_gradient(entries, x, weight, full, dy):
+    start = time.perf_counter()
+    grad, accumulate = full.gradient()
+    core.slab_weight_gradient(entries, x.array, grad.reshape(-1), accumulate)
+    tell("weight gradient", start, [x, dy], [], weight=weight, output=dy)
+
+
+def _base_backward(x, weight, geometry, base, input_gradient):
+    """Adds to weight's gradient what every image has of the base; returns the base's dx (channels, height, width).
+
+    Linear in both, it takes one image: the base with the sum of x (ReSprop's pre-computed parts).
+    """
+    total = np.empty(x.array.shape[1:4], x.dtype)
+    core.sum_images(x.array, x.n, total)
+    one_x, one_dy = arrays.pack(total[None]), arrays.pack(np.ascontiguousarray(base)[None])
+    plan_of_one = plan(one_x, weight, geometry, one_dy)
+    entries = core.compress(plan_of_one, one_dy.array, core.THRESHOLD)
+    core.slab_weight_gradient(entries, one_x.array, weight.grad.reshape(-1), True)
+    if not input_gradient:
+        return None
+    dx = one_x.like()
+    core.slab_input_gradient(entries, weight.data.reshape(-1), dx.array)
+    return arrays.unpack(dx)[0]
