@@ -459,17 +459,30 @@ def test_sum_images(n, dtype, isa, threads):
     np.testing.assert_array_equal(sums, x.sum(0))
 
 
+def of_rows(norms, n):
+    """(n, height, width) of an array of rows (blocks, height, width, 16)."""
+    return np.moveaxis(norms, 3, 1).reshape(-1, *norms.shape[1:3])[:n]
+
+
 @pytest.mark.parametrize("kept", [False, True], ids=["", "keep"])
-@pytest.mark.parametrize("added", [False, True], ids=["", "x"])
+@pytest.mark.parametrize("scale", [3.0, 0.0])
 @DTYPES
-def test_remember(added, kept, dtype, isa, threads):
+def test_remember(scale, kept, dtype, isa, threads):
     m, x = integers((35, 5, 6, 7), dtype, 1), integers((35, 5, 12, 21), dtype, 2)
     keep = integers((35, 1, 6, 7), dtype, 3)
     memory, norms = arrays.pack(m), np.full((3, 6, 7, IMAGES), 2, dtype)
-    window = activation(x).array[:, :, ::2, ::3] if added else None  # steps over pixels
+    window = activation(x).array[:, :, ::2, ::3]  # steps over pixels
     keeps = np.ascontiguousarray(arrays.pack(keep).array[:, 0]) if kept else None
-    core.remember(memory.array, window, 3.0, keeps, norms)
-    expected = m * (keep if kept else 1) + (3 * x[:, :, ::2, ::3] if added else 0)
+    core.remember(memory.array, window, scale, keeps, norms)
+    expected = m * (keep if kept else 1) + scale * x[:, :, ::2, ::3]
     np.testing.assert_array_equal(arrays.unpack(memory), expected)
-    rows = np.moveaxis(norms, 3, 1).reshape(-1, 6, 7)[:35]
-    np.testing.assert_array_equal(rows, 2 + (expected**2).sum(1))
+    np.testing.assert_array_equal(of_rows(norms, 35), 2 + (expected**2).sum(1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (35, 5, 6, 7), (16, 9, 3, 4), (40, 3, 20, 30)], ids=str)
+@DTYPES
+def test_square_norms(shape, dtype, isa, threads):
+    x = integers(shape, dtype, 1)
+    norms = np.full((-(-len(x) // IMAGES), *shape[2:], IMAGES), 2, dtype)
+    core.square_norms(arrays.pack(x).array, norms)
+    np.testing.assert_array_equal(of_rows(norms, len(x)), 2 + (x**2).sum(1))
