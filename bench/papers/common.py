@@ -251,13 +251,16 @@ class NaturalZeros(Callback):
 
 
 def run_all(runs, options, models, methods, callbacks=lambda: ()):
-    """{model: {configuration: [records]}} of models x methods x seeds. methods: {configuration: f(seed) -> Method}."""
+    """{model: {configuration: [records]}} of models x methods x seeds.
+
+    methods: {configuration: f(seed, model) -> Method or None}; callbacks: a function that makes those of a run.
+    """
     found = {}
     for model in models:
         how = recipe(options, model)
         for name, make in methods.items():
             for seed in options.seeds:
-                method, label = make(seed), f"{model}/{name}/{seed}"
+                method, label = make(seed, model), f"{model}/{name}/{seed}"
 
                 def work(model=model, how=how, seed=seed, method=method, label=label):
                     shown = [Progress(label=label), *callbacks()]
@@ -400,7 +403,7 @@ def draw_models(options, name, title, found, x_label, series, timed):
                     correct = 100 * np.mean([r["val_accuracy"] for r in records], axis=0)
                     by_time.plot(time_s, correct, color="0.4" if c == "exact" else f"C{i - 1}", marker=".", label=c)
             by_x.set_xlabel(x_label)
-            by_sparsity.set_xlabel("zeros of the output gradients, %")
+            by_sparsity.set_xlabel("gradient sparsity, %")
             by_time.set_xlabel("training time, s")
             by_time.set_ylabel("test accuracy, %")
             for ax in (by_x, by_sparsity, by_time):

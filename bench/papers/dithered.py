@@ -18,9 +18,9 @@ TARGET = 0.92
 NEGLIGIBLE = 0.5  # points of accuracy; the paper gives no number
 NODES, DRAWS = (1, 2, 4, 8, 16), 256
 METHODS = {
-    "exact": lambda seed: None,
-    **{f"s={s:g}": lambda seed, s=s: backprop.Dithered(s=s, seed=seed) for s in STEPS},
-    f"sparsity={TARGET:g}": lambda seed: backprop.Dithered(sparsity=TARGET, seed=seed),
+    "exact": lambda seed, model: None,
+    **{f"s={s:g}": lambda seed, model, s=s: backprop.Dithered(s=s, seed=seed) for s in STEPS},
+    f"sparsity={TARGET:g}": lambda seed, model: backprop.Dithered(sparsity=TARGET, seed=seed),
 }
 
 
@@ -118,12 +118,12 @@ def print_variance(records):
     rows = []
     for name in records[0]["errors"]:
         row, off = [name], 0.0
-        one = np.mean([r["errors"][name]["1"][0] for r in records])
-        for n in NODES:
-            means, errors = zip(*(r["errors"][name][str(n)] for r in records), strict=True)
-            mean, error = np.mean(means), np.linalg.norm(errors) / len(records)
-            row.append(f"{n * mean / one:.3f} +- {n * error / one:.3f}")
-            off = max(off, abs(n * mean / one - 1) / (n * error / one))
+        means = {n: np.mean([r["errors"][name][str(n)][0] for r in records]) for n in NODES}
+        error = np.linalg.norm([r["errors"][name]["1"][1] for r in records]) / len(records) / means[1]
+        for n in NODES:  # the fewer means of N there are, the larger is their error
+            ratio, expected = n * means[n] / means[1], math.sqrt(n) * error
+            row.append(f"{ratio:.3f} +- {expected:.3f}")
+            off = max(off, abs(ratio - 1) / expected)
         rows.append([*row, "reproduced" if off <= 4 else "NOT REPRODUCED"])
     print("\nLeNet-5: squared error of N averaged weight gradients, times N, relative to N = 1")
     print(bench.table(["weight", *(f"N = {n}" for n in NODES), "variance 1/N"], rows))
