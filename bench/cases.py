@@ -31,6 +31,11 @@ def net_cases(all_sparse=False):
     return [{"name": name, "net": name, **net, **everywhere} for name, net in NETS.items()]
 
 
+def weight_sparsity(case):
+    """Share of the weights that are removed: none where the case is about zeros in the gradient."""
+    return 0.0 if case.get("zeros") == "gradient" else case["sparsity"]
+
+
 def weight_shape(case):
     """Shape of a layer's dense weight: OIHW or (out, in)."""
     if case["kind"] == "linear":
@@ -56,7 +61,7 @@ def forward_flops(case):
 
     Taps that fall on the padding count: every peer's kernels are judged by the same number.
     """
-    stored = stored_weights(math.prod(weight_shape(case)), case["sparsity"])
+    stored = stored_weights(math.prod(weight_shape(case)), weight_sparsity(case))
     pixels = math.prod(output_shape(case)) // case["out"]
     return 2 * stored * pixels
 
@@ -68,7 +73,7 @@ def stored_weights(size, sparsity):
 def layer_arrays(case):
     """(weight, mask, bias, x, dy) of a layer, float32, mask bool; weight is zero where mask is."""
     rng = np.random.default_rng(0)
-    weight, mask = _sparse_weight(weight_shape(case), case["sparsity"], rng)
+    weight, mask = _sparse_weight(weight_shape(case), weight_sparsity(case), rng)
     bias = rng.standard_normal(case["out"], dtype=np.float32)
     x = rng.standard_normal(input_shape(case), dtype=np.float32)
     dy = rng.standard_normal(output_shape(case), dtype=np.float32)
@@ -96,7 +101,7 @@ def net_weights(shapes, case):
             parameters[name] = fill(shape, np.float32)
         else:
             rng = np.random.default_rng(zlib.crc32(name.encode()))
-            sparsity = 0.0 if name.removesuffix(".weight") in dense else case["sparsity"]
+            sparsity = 0.0 if name.removesuffix(".weight") in dense else weight_sparsity(case)
             parameters[name] = _sparse_weight(shape, sparsity, rng)[0]
     return parameters, dense
 

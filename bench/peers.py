@@ -23,6 +23,10 @@ from subject import Unsupported
 
 PEERS = {
     "sparsetrain": "sparsetrain_peer",
+    "dithered": "sparsetrain_peer",
+    "resprop": "sparsetrain_peer",
+    "mem-aop": "sparsetrain_peer",
+    "top-k": "sparsetrain_peer",
     "torch": "torch_peers",
     "torch-channels-last": "torch_peers",
     "sparseprop": "torch_peers",

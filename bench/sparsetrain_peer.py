@@ -3,15 +3,20 @@
 import os
 
 import cases
+from scipy.optimize import brentq
+from scipy.stats import norm
 from subject import Subject, sampled, timed_parts
 
 import sparsetrain as st
-from sparsetrain import arrays, nn
+from sparsetrain import arrays, backprop, nn
+from sparsetrain.backprop.resprop import MARGIN
+from sparsetrain.record import record
 from sparsetrain.sparse import SparseParameter
 
 st.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 NO_HALO = (0, 0)
+SETTLE = 15  # steps until a method holds the share of zeros that is asked for
 
 
 def versions(peer):
@@ -30,18 +35,29 @@ def layer(peer, case):
     else:
         module = nn.Conv2d(case["in"], case["out"], case["kernel"], stride=case["stride"], padding=case["padding"])
     module.bias.data[:] = bias
-    if case["sparsity"] > 0:
+    if cases.weight_sparsity(case) > 0:
         module.weight = SparseParameter.from_dense(weight, mask)
     else:
         module.weight.data[:] = weight
     x_blocked, dy_blocked = arrays.pack(x, module.halo), arrays.pack(dy, module.grad_halo)
 
+    method = _method(peer, case)
+    if method is not None:
+        method.attach(module)
+    runs = []
+
     def inside_net():
         module.zero_grad()
-        return timed_parts(
-            forward=lambda _: module.forward(x_blocked, NO_HALO),
-            backward=lambda result: result[1](dy_blocked, NO_HALO),
-        )
+        runs.clear()
+        with record(runs.append):
+            seconds = timed_parts(
+                forward=lambda _: module.forward(x_blocked, NO_HALO),
+                backward=lambda result: result[1](dy_blocked, NO_HALO),
+            )
+        if case.get("zeros") == "gradient":
+            for run in runs:  # the parts of backward
+                seconds[run.kind] = seconds.get(run.kind, 0.0) + run.end - run.start
+        return seconds
 
     def from_numpy():
         module.zero_grad()
@@ -50,10 +66,41 @@ def layer(peer, case):
     def sample():
         module.zero_grad()
         y, dx, dw = module(x), module.backward(dy), module.weight.grad
-        dw = dw if case["sparsity"] > 0 else dw[mask]
+        dw = dw if cases.weight_sparsity(case) > 0 else dw[mask]
         return {"y": sampled(y), "dx": sampled(dx), "dw": sampled(dw)}
 
-    return Subject([inside_net, from_numpy], sample)
+    if method is None:
+        return Subject([inside_net, from_numpy], sample)
+    inside_net(), inside_net()  # a method's first pass may be exact
+    method.report()
+    inside_net()
+    about = {"zeros": method.report()[""]["gradient_sparsity"]}
+    # Its gradients are not those of the other peers
+    return Subject([inside_net], lambda: {"y": sampled(module(x))}, about)
+
+
+def _method(peer, case):
+    """The method of backprop that a peer stands for, leaving out the share case["sparsity"] of the values; None if
+    none."""
+    zeros = case["sparsity"]
+    if "net" in case and peer == "dithered":
+        return backprop.Dithered(sparsity=zeros)
+    return {
+        "sparsetrain": lambda: None,
+        "dithered": lambda: backprop.Dithered(s=_dither_step(zeros)),
+        "resprop": lambda: backprop.ReSprop(reuse=min(zeros + MARGIN, 0.999), control="quantile"),
+        "mem-aop": lambda: backprop.MemAOP(k=1 - zeros, memory=case.get("memory", False)),
+        "top-k": lambda: backprop.TopK(k=1 - zeros),
+    }[peer]()
+
+
+def _dither_step(zeros):
+    """The s that rounds so many values of a normal distribution to zero (papers.md: 1 - E min(1, |x| / s))."""
+
+    def share(s):
+        return 2 * (norm.cdf(s) - 0.5) - 2 / s * (norm.pdf(0) - norm.pdf(s))
+
+    return brentq(lambda s: share(s) - zeros, 1e-3, 1e4)
 
 
 def net(peer, case):
@@ -62,12 +109,15 @@ def net(peer, case):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     values, dense = cases.net_weights(shapes, case)
     model.load_state_dict(model.state_dict() | values)
-    if case["sparsity"] > 0:
+    if cases.weight_sparsity(case) > 0:
         # The removed weights are zero already, so the largest are those of the mask.
         st.sparsify(model, case["sparsity"], method="magnitude", exclude=dense)
     optimizer = st.optim.SGD(model.parameters(), **cases.SGD)
     first_bias = next(p for name, p in model.named_parameters() if name.endswith("bias"))
     x, labels = cases.net_arrays(case)
+    method = _method(peer, case)
+    if method is not None:
+        method.attach(model)
 
     def loss_and_gradients():
         model.zero_grad()
@@ -83,4 +133,13 @@ def net(peer, case):
         return {"loss": [loss_and_gradients()], "first bias gradient": sampled(first_bias.grad)}
 
     about = {"parameters": shapes, "dense_layers": dense}
+    if method is not None:
+        for _ in range(SETTLE):
+            step(None)
+        method.report()
+        step(None)
+        layers = method.report().values()
+        values = sum(layer["values"] for layer in layers)
+        about["zeros"] = sum(layer["values"] * layer["gradient_sparsity"] for layer in layers) / values
+        return Subject([lambda: timed_parts(step=step)], lambda: {"loss": [loss_and_gradients()]}, about)
     return Subject([lambda: timed_parts(step=step)], sample, about)

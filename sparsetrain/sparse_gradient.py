@@ -123,6 +123,14 @@ def _arguments(selection, dy):
     return found
 
 
+def standard_deviation(dy):
+    """That of all values of a Blocked, as a float."""
+    start = time.perf_counter()
+    deviation = core.standard_deviation(dy.array, dy.n)
+    tell("standard deviation", start, [dy], [], output=dy)
+    return deviation
+
+
 def _used(dy, nnz, clipped, kernel):
     return Used(nnz, math.prod(dy.shape), clipped, kernel)
 

@@ -158,6 +158,7 @@ template <class T> struct Kernels {
     void (*deviations)(Shape, View<T> x, T origin, double *sums, long begin, long end);
     void (*sum_images)(Shape, View<T> x, T *sums, long begin, long end);
     void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);
+    void (*square_norms)(Shape, View<T> x, T *norms, long begin, long end);
     void (*slab_weight_gradient)(const Slabs *, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
                                  T *dw, long row, T *slab);
     void (*slab_input_gradient)(const Slabs *, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task,

@@ -100,11 +100,6 @@ template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, con
     }
     return n;
 }
-template <class T> INLINE long count_nonzero(const Values<T> &v) {
-    long n = 0;
-    for (long i = 0; i < IMAGES; i++) n += v[i] != 0;
-    return n;
-}
 
 INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
 
@@ -118,8 +113,8 @@ template <class T> struct ImageLists {
     INLINE_MEMBER ImageLists(Entry<T> *scratch, long room_) : first(scratch), room(room_) {
         for (long i = 0; i < IMAGES; i++) end[i] = first + i * room;
     }
-    INLINE_MEMBER void add(const Values<T> &v, long position) {
-        *(Values<T> *)values[pixels] = v, positions[pixels] = (int32_t)position;
+    INLINE_MEMBER void add(const Values<T> &v, int32_t position) {
+        *(Values<T> *)values[pixels] = v, positions[pixels] = position;
         if (++pixels == IMAGES) flush();
     }
     INLINE_MEMBER void flush() {
@@ -144,8 +139,8 @@ template <class T>
 void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, Entry<T> *entries, int32_t *starts,
               int64_t *clipped, Entry<T> *scratch) {
     FlushToZero flush;
-    const Slabs &s = *slabs;
-    const long lists = s.bands * (s.span * IMAGES / s.group), room = s.capacity / s.span / IMAGES + IMAGES;
+    const Slabs s = *slabs;  // a copy: what is written cannot change it
+    const long lists = s.bands * (s.span * IMAGES / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, room = s.capacity / s.span / IMAGES + IMAGES;
     Ints lanes;
     for (long i = 0; i < IMAGES; i++) lanes[i] = (int32_t)(i * s.image);
     for (long plane = begin; plane < end; plane++) {
@@ -160,12 +155,11 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
             for (long b = 0; b < s.span; b++) {
                 if (b * IMAGES % s.group == 0) start[list++] = (int32_t)n;
                 if (b >= blocks) continue;
-                const auto position = [&](long r, long c) {
-                    return b * IMAGES * s.image + (r - top) * s.stride[0] * s.row + c * s.stride[1] * s.width;
-                };
+                const long image = b * IMAGES * s.image - top * row_step;
+                const auto position = [=](long r, long c) { return (int32_t)(image + r * row_step + c * step); };
                 if (s.group >= IMAGES) {
                     clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
-                        n += append<T>(out + n, v, lanes + (int32_t)position(r, c));
+                        n += append<T>(out + n, v, lanes + position(r, c));
                     });
                     continue;
                 }
@@ -195,23 +189,24 @@ void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> 
     for (long plane = begin; plane < end; plane++) {
         const long block = plane / slabs->out_channels, channel = plane % slabs->out_channels;
         const Values<T> real = real_images<T>(block, slabs->images);
-        long n = 0;
+        Values<T> n = {};  // exact up to 2^24 pixels
         clipped[plane] = used_values(*slabs, *how, dy, block, channel, 0, slabs->out_height, [&](long r, long c, const Values<T> &v) {
             const long place = (channel * slabs->out_height + r) * slabs->out_width + c;
             *(Values<T> *)(pixel_row(out, block, channel, r) + c * IMAGES) = how->base ? v + how->base[place] * real : v;
-            n += count_nonzero<T>(v);
+            n += v != 0 ? Values<T>{} + 1 : Values<T>{};
         });
-        counts[plane] = n;
+        counts[plane] = 0;
+        for (long i = 0; i < IMAGES; i++) counts[plane] += (int64_t)n[i];
     }
 }
 
-// sums[plane] of x - origin and of its square over the images of a plane (block x channel).
+// sums of x - origin and of its square over the images of the planes [begin, end) (block x channel)
 template <class T> void deviations(Shape s, View<T> x, T origin, double *sums, long begin, long end) {
     FlushToZero flush;
+    Values<double> total = {}, squares = {};
     for (long plane = begin; plane < end; plane++) {
         const long b = plane / s.channels;
         const Values<T> real = real_images<T>(b, s.images);
-        double sum = 0, squares = 0;
         for (long h = 0; h < s.height; h++) {
             const T *row = pixel_row(x, b, plane % s.channels, h);
             Values<T> one = {}, two = {};
@@ -219,10 +214,12 @@ template <class T> void deviations(Shape s, View<T> x, T origin, double *sums, l
                 const Values<T> d = (*(const Values<T> *)(row + w * IMAGES) - origin) * real;
                 one += d, two += d * d;
             }
-            for (long i = 0; i < IMAGES; i++) sum += one[i], squares += two[i];
+            total += __builtin_convertvector(one, Values<double>);
+            squares += __builtin_convertvector(two, Values<double>);
         }
-        sums[2 * plane] = sum, sums[2 * plane + 1] = squares;
     }
+    sums[0] = sums[1] = 0;
+    for (long i = 0; i < IMAGES; i++) sums[0] += total[i], sums[1] += squares[i];
 }
 
 // sums (channels, height, width) of x over the images, for channels [begin, end)
@@ -240,8 +237,8 @@ template <class T> void sum_images(Shape s, View<T> x, T *sums, long begin, long
             }
 }
 
-// m = m keep + scale x, keep (blocks, height, width, 16); norms, as keep, get the sums over the channels of m m added.
-// Columns of x are `step` elements apart; null keep and scale 0: m is only read. For the pixel rows [begin, end) of all blocks.
+// m = m keep + scale x, keep (blocks, height, width, 16) or null; norms, as keep, get the sums over the channels of m m added.
+// Columns of x are `step` elements apart. For the pixel rows [begin, end) of all blocks.
 template <class T>
 void remember(Shape s, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end) {
     FlushToZero flush;
@@ -254,10 +251,32 @@ void remember(Shape s, View<T> m, View<T> x, long step, T scale, const T *keep, 
                 const long place = (row * s.width + w) * IMAGES;
                 Values<T> v = *(const Values<T> *)(mr + w * IMAGES);
                 if (keep) v *= *(const Values<T> *)(keep + place);
-                if (scale != 0) v += *(const Values<T> *)(xr + w * step) * scale;
-                if (keep || scale != 0) *(Values<T> *)(mr + w * IMAGES) = v;
+                v += *(const Values<T> *)(xr + w * step) * scale;
+                *(Values<T> *)(mr + w * IMAGES) = v;
                 *(Values<T> *)(norms + place) += v * v;
             }
+        }
+    }
+}
+
+// norms (blocks, height, width, 16) += the sums over the channels of x x, for the pixel rows [begin, end) of all blocks
+template <class T> void square_norms(Shape s, View<T> x, T *norms, long begin, long end) {
+    constexpr long AT_ONCE = 4;  // pixels: 256 bytes of each channel
+    FlushToZero flush;
+    for (long row = begin; row < end; row++) {
+        const T *xr = pixel_row(x, row / s.height, 0, row % s.height);
+        for (long w = 0; w < s.width; w += AT_ONCE) {
+            const long n = s.width - w < AT_ONCE ? s.width - w : AT_ONCE;
+            Values<T> total[AT_ONCE] = {};
+            for (long c = 0; c < s.channels; c++) {
+                const T *p = xr + c * x.channel + w * IMAGES;
+                __builtin_prefetch(p + 8 * x.channel);
+                for (long i = 0; i < n; i++) {
+                    const Values<T> v = *(const Values<T> *)(p + i * IMAGES);
+                    total[i] += v * v;
+                }
+            }
+            for (long i = 0; i < n; i++) *(Values<T> *)(norms + (row * s.width + w + i) * IMAGES) += total[i];
         }
     }
 }

@@ -77,8 +77,8 @@ cdef class Entries:
 
     def __dealloc__(self):
         if self.entries is not None:
-            _buffers.setdefault("entries", self.entries)
-            _buffers.setdefault("starts", self.starts)
+            give_back(f"entries of {self.plan.s.blocks} blocks", self.entries)
+            give_back(f"starts of {self.plan.s.blocks} blocks", self.starts)
 
     def to_lists(self):
         """[(span, output channel, list, positions, values)] of the lists that are not empty, for tests."""
@@ -142,8 +142,8 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
         int64_t *clips = &clipped[0]
         long plane
     out.plan, out.dtype = plan, np.dtype(np.float32 if sizeof(floating) == 4 else np.float64)
-    out.entries = borrow("entries", n * (plan.s.capacity + 16) * sizeof(Entry[floating]))
-    out.starts = borrow("starts", n * (lists + 1) * sizeof(int32_t))
+    out.entries = borrow(f"entries of {plan.s.blocks} blocks", n * (plan.s.capacity + 16) * sizeof(Entry[floating]))
+    out.starts = borrow(f"starts of {plan.s.blocks} blocks", n * (lists + 1) * sizeof(int32_t))
     e, starts = <Entry[floating] *>out.entries.data, <int32_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
@@ -175,22 +175,27 @@ def sparsify(SlabPlan plan, floating[:, :, :, :, :] dy, floating[:, :, :, :, :] 
     return tuple(int(k) for k in np.asarray(counts).sum(1))
 
 
+cdef enum:
+    PARTS = 64  # that a sum is cut into, whatever the number of threads
+
+
 def standard_deviation(floating[:, :, :, :, :] x, long images):
-    """That of all values of the images, as a float; padding lanes are left out."""
+    """That of all values of the images, as a float; padding lanes are left out. NaN where a value is not finite."""
     cdef:
         Shape s = shape_of(x, images)
         View[floating] xv = view(x)
-        long n = s.blocks * s.channels, c
-        int threads = team(n, size(s))
-        long chunks = chunks_of(n, threads)
-        double[:, ::1] sums = np.empty((n, 2))
-        double *out = &sums[0, 0]
+        long n = s.blocks * s.channels, c, parts = min(n, PARTS)
+        int threads = team(parts, size(s))
+        double sums[2 * PARTS]
         floating origin = x[0, 0, 0, 0, 0]
-        double count = <double>images * s.channels * s.height * s.width, mean, squares
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.deviations(s, xv, origin, out, n * c // chunks, n * (c + 1) // chunks)
-    mean, squares = np.asarray(sums).sum(0) / count
-    return sqrt(max(0., squares - mean * mean)) if squares - mean * mean == squares - mean * mean else float("nan")
+        double count = <double>images * s.channels * s.height * s.width, mean = 0, squares = 0
+    for c in prange(parts, nogil=True, num_threads=threads, schedule="static"):
+        kernels.deviations(s, xv, origin, &sums[2 * c], n * c // parts, n * (c + 1) // parts)
+    for c in range(parts):
+        mean += sums[2 * c] / count
+        squares += sums[2 * c + 1] / count
+    squares -= mean * mean
+    return sqrt(squares) if not squares <= 0 else 0.
 
 
 def sum_images(floating[:, :, :, :, :] x, long images, floating[:, :, ::1] sums):
@@ -211,26 +216,37 @@ def remember(floating[:, :, :, :, :] m, floating[:, :, :, :, :] x, double scale,
              floating[:, :, :, ::1] norms):
     """m[:] = m keep + scale x; norms[:] += the sums over the channels of its squares.
 
-    keep (may be None: m is only scaled by 1) and norms are (blocks, height, width, 16). x may step over pixels. x None: m is
-    as it is.
+    keep (None: 1) and norms are (blocks, height, width, 16). x may step over pixels.
     """
     cdef:
         Shape s = shape_of(m, 16 * m.shape[0])
-        View[floating] mv = view(m), xv = view(m if x is None else x)  # OUT m
-        long n = s.blocks * s.height, c, step = 0 if x is None else x.strides[3] // sizeof(floating)
+        View[floating] mv = view(m), xv = view(x)  # OUT m
+        long n = s.blocks * s.height, c, step = x.strides[3] // sizeof(floating)
         int threads = team(n, size(s))
         long chunks = chunks_of(n, threads)
         const floating *k = NULL
         floating *out = &norms[0, 0, 0, 0]  # OUT
-        floating factor = 0 if x is None else scale
-    if x is not None:
-        same_shape(m, x)
+    same_shape(m, x)
     same_length("norms", norms.shape[0] * norms.shape[1] * norms.shape[2], n * s.width)
     if keep is not None:
         same_length("keep", keep.shape[0] * keep.shape[1] * keep.shape[2], n * s.width)
         k = &keep[0, 0, 0, 0]
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.remember(s, mv, xv, step, factor, k, out, n * c // chunks, n * (c + 1) // chunks)
+        kernels.remember(s, mv, xv, step, <floating>scale, k, out, n * c // chunks, n * (c + 1) // chunks)
+
+
+def square_norms(floating[:, :, :, :, :] x, floating[:, :, :, ::1] norms):
+    """norms[:] (blocks, height, width, 16) += the sums over the channels of the squares of x."""
+    cdef:
+        Shape s = shape_of(x, 16 * x.shape[0])
+        View[floating] xv = view(x)
+        long n = s.blocks * s.height, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+        floating *out = &norms[0, 0, 0, 0]  # OUT
+    same_length("norms", norms.shape[0] * norms.shape[1] * norms.shape[2], n * s.width)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.square_norms(s, xv, out, n * c // chunks, n * (c + 1) // chunks)
 
 
 def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:, :, :, :, :] dx, bint accumulate=False,

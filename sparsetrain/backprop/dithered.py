@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsetrain import checks, sparse_gradient
-from sparsetrain._kernels import core
 from sparsetrain.backprop.method import Method
 
 FASTEST = 2.0  # by which s changes from one pass to the next, at most, while a sparsity is to be held
@@ -40,7 +39,7 @@ class Dithered(Method):
             raise ValueError(f"bits is {self.bits!r}, must be 8 or None")
 
     def select(self, layer, x, geometry, dy):
-        step = layer.state.get("s", self.s) * core.standard_deviation(dy.array, dy.n)
+        step = layer.state.get("s", self.s) * sparse_gradient.standard_deviation(dy)
         if not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
             return None
         return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None else 127)

@@ -62,9 +62,11 @@ class MemAOP(Method):
         if self.policy == "weightedk":
             # The first of exponential variates with these rates come as drawing one by one does (Efraimidis &
             # Spirakis 2006)
-            with np.errstate(divide="ignore"):
-                worth = -layer.random().standard_exponential(len(worth)) / worth
-        return np.sort(np.argsort(-worth, kind="stable")[:count])
+            worth = worth / layer.random().standard_exponential(len(worth))
+        least = np.partition(worth, len(worth) - count)[len(worth) - count]
+        chosen = np.flatnonzero(worth > least)
+        level = np.flatnonzero(worth == least)[: count - len(chosen)]
+        return np.sort(np.concatenate([chosen, level]))
 
     def _weight_gradient(self, layer, x, weight, geometry, dy):
         rows = _Rows(dy)
@@ -105,7 +107,7 @@ def _norms(array):
     """Sums over the channels of the squares of (blocks, channels, height, width, 16)."""
     blocks, _, height, width, lanes = array.shape
     norms = np.zeros((blocks, height, width, lanes), array.dtype)
-    core.remember(array, None, 0.0, None, norms)
+    core.square_norms(array, norms)
     return norms
 
 
