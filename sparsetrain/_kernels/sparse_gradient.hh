@@ -224,16 +224,25 @@ template <class T> void deviations(Shape s, View<T> x, T origin, double *sums, l
 
 // sums (channels, height, width) of x over the images, for channels [begin, end)
 template <class T> void sum_images(Shape s, View<T> x, T *sums, long begin, long end) {
+    constexpr long L = Vec<T>::lanes, PIXELS = 8;
     FlushToZero flush;
     for (long c = begin; c < end; c++)
         for (long h = 0; h < s.height; h++)
-            for (long w = 0; w < s.width; w++) {
-                Values<T> total = {};
-                for (long b = 0; b < s.blocks; b++)
-                    total += *(const Values<T> *)(pixel_row(x, b, c, h) + w * IMAGES) * real_images<T>(b, s.images);
-                T sum = 0;
-                for (long i = 0; i < IMAGES; i++) sum += total[i];
-                sums[(c * s.height + h) * s.width + w] = sum;
+            for (long w = 0; w < s.width; w += PIXELS) {
+                const long n = s.width - w < PIXELS ? s.width - w : PIXELS;
+                V<T> total[PIXELS] = {};
+                for (long b = 0; b < s.blocks; b++) {
+                    const Values<T> real = real_images<T>(b, s.images);
+                    const T *p = pixel_row(x, b, c, h) + w * IMAGES;
+                    for (long i = 0; i < n; i++) {
+                        __builtin_prefetch(p + x.channel + i * IMAGES);
+                        for (long lane = 0; lane < IMAGES; lane += L)
+                            total[i] += load(p + i * IMAGES + lane) * load((const T *)&real + lane);
+                    }
+                }
+                T out[PIXELS] = {};
+                for (long i = 0; i < PIXELS; i += 4) add_sums<T>(total + i, out + i);
+                for (long i = 0; i < n; i++) sums[(c * s.height + h) * s.width + w + i] = out[i];
             }
 }
 
