@@ -1,6 +1,6 @@
 """Times backward passes that use only some values of the output gradient, against PyTorch's and our own dense ones.
 
---sparsity is the share of values that are left out. The values are normal; the weights are dense. Single layers, or with
+--sparsity is the share of values left out. The values are normal; the weights are dense. Single layers, or with
 --nets whole training steps.
 """
 

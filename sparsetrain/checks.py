@@ -39,6 +39,13 @@ def number(argument, value, low=None, high=None):
     return _within(argument, result, low, high)
 
 
+def flag(argument, value):
+    """value, which must be True or False; anything else is a TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} is {value!r}, must be True or False")
+    return value
+
+
 def pair(argument, value, low=0):
     """(vertical, horizontal) from an int or a pair of ints, each at least `low`."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)

@@ -348,6 +348,16 @@ def _work(run):
     values = weight.nnz * weight.data.itemsize
     size = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*run.read, *run.written))
     size += (2 if both else 1) * values + (0 if weight.structure.dense else 4 * weight.nnz)
+    if run.entries is not None:
+        operations = 2 * run.entries.nnz * math.prod(weight.shape[1:])
+        zeros = 1 - run.entries.nnz / (n * rows * height * width)
+        return {
+            "operations": operations,
+            "bytes": size,
+            "kernel": f"skips {zeros:.0%} of dy",
+            "bands": None,
+            "plans": [],
+        }
     bands, plans = None, [(run.kind, plan) for plan in run.plans]
     if run.plans and isinstance(run.plans[0], core.BandPlan):
         (plan,) = run.plans

@@ -15,7 +15,8 @@ class Run:
     start, end: time.perf_counter(). read, written: the Blocked or Normed that it passes over. A product also has its
     weight (a Parameter), its output (or the gradient of that) and its plans: core.Plan, one core.BandPlan, or none.
     normed: the Normed that it reads; forms: whether it forms it, and kept: also writes it; sums: whether it takes sums
-    that a batch norm needs, forward that of its output, backward that of `normed`.
+    that a batch norm needs, forward that of its output, backward that of `normed`. entries: the core.Entries of the
+    output gradient that it multiplies, where it skips the others.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Run:
     forms: bool = False
     kept: bool = False
     sums: bool = False
+    entries: object = None
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def written_out(x, weight, geometry, dy, selection):
     start = time.perf_counter()
     out = dy.like(geometry.grad_halo((*weight.shape, 1, 1)[2:4]))
     nnz, clipped = core.sparsify(plan(x, weight, geometry, dy), dy.array, out.array, **_arguments(selection, dy))
-    tell("sparsify", start, [dy], [out], weight=weight, output=dy)
+    tell("sparsify", start, [dy], [out])
     return out, _used(dy, nnz, clipped, "weight")
 
 
@@ -127,7 +127,7 @@ def standard_deviation(dy):
     """That of all values of a Blocked, as a float."""
     start = time.perf_counter()
     deviation = core.standard_deviation(dy.array, dy.n)
-    tell("standard deviation", start, [dy], [], output=dy)
+    tell("standard deviation", start, [dy], [])
     return deviation
 
 
@@ -141,18 +141,17 @@ def _entries(x, weight, geometry, dy, selection, expected):
         return None, None
     start = time.perf_counter()
     entries = core.compress(plan(x, weight, geometry, dy), dy.array, **_arguments(selection, dy))
-    tell("compress", start, [dy], [], weight=weight, output=dy)
+    tell("compress", start, [dy], [])
     used = _used(dy, entries.nnz, entries.clipped, "gradient")
     return (entries, used) if skips(weight, geometry, used.density) else (None, None)
 
 
-def backward(x, weight, bias, geometry, dy, selection, halo=(0, 0), into=None, expected=None):
-    """(dx, Used) of conv2d() for the values of dy that the selection uses; adds the gradients of weight and bias.
+def backward(x, weight, geometry, dy, selection, halo=(0, 0), into=None, expected=None):
+    """(dx, Used) of conv2d() for the values of dy that the selection uses; adds the gradient of the weight too.
 
-    The bias's is exact. expected: the share of values that will be used, if known. No dx if halo is None; it is added
+    expected: the share of values that will be used, if known. No dx if halo is None; it is added
     to the Blocked `into` if given.
     """
-    ops.bias_gradient(bias, dy)
     entries, used = _entries(x, weight, geometry, dy, selection, expected)
     if entries is None:
         out, used = written_out(x, weight, geometry, dy, selection)
@@ -169,7 +168,7 @@ def backward(x, weight, bias, geometry, dy, selection, halo=(0, 0), into=None, e
     start = time.perf_counter()
     dx = x.like(halo) if into is None else into
     core.slab_input_gradient(entries, full.data.reshape(-1), dx.array, into is not None, base_dx)
-    tell("input gradient", start, [dy, into], [dx], weight=weight, output=dy)
+    tell("input gradient", start, [into], [dx], weight=weight, output=dy, entries=entries)
     return dx, used
 
 
@@ -191,7 +190,7 @@ def _add_weight_gradient(entries, x, weight, full, dy):
     start = time.perf_counter()
     grad, accumulate = full.gradient()
     core.slab_weight_gradient(entries, x.array, grad.reshape(-1), accumulate)
-    tell("weight gradient", start, [x, dy], [], weight=weight, output=dy)
+    tell("weight gradient", start, [x], [], weight=weight, output=dy, entries=entries)
 
 
 def _base_backward(x, weight, geometry, base, input_gradient):

@@ -17,6 +17,7 @@ template <class T> struct ImageValues {
 template <class T> using Values = typename ImageValues<T>::values;  // one of each image of a block
 typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t))));
 typedef int32_t Ints __attribute__((vector_size(IMAGES * sizeof(int32_t))));
+constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The largest whole number that is not above v; v itself where it is so large that it is whole.
 template <class T> INLINE Values<T> round_down(Values<T> v) {
@@ -28,9 +29,8 @@ template <class T> INLINE Values<T> round_down(Values<T> v) {
 
 // 1 for each image of a block, 0 for a padding lane.
 template <class T> INLINE Values<T> real_images(long block, long images) {
-    Values<T> real;
-    for (long i = 0; i < IMAGES; i++) real[i] = block * IMAGES + i < images;
-    return real;
+    const Ints left = Ints{} + (int32_t)(images - block * IMAGES < IMAGES ? images - block * IMAGES : IMAGES);
+    return __builtin_convertvector((LANES < left) & 1, Values<T>);
 }
 
 // Calls f(row, column, the 16 values that are used) for the pixels of some rows of a channel; returns how many were clipped.
@@ -42,8 +42,7 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
         // A random number is a hash of the seed, the image and the place in it, as in dropout().
         const uint32_t lo = (uint32_t)how.seed, hi = (uint32_t)(how.seed >> 32);
         const T step = how.step, inverse = 1 / step, limit = (T)how.limit;
-        Hashes key;
-        for (long i = 0; i < IMAGES; i++) key[i] = mix(mix((uint32_t)(block * IMAGES + i) + lo) ^ hi);
+        const Hashes key = mix(mix((Hashes)LANES + (uint32_t)(block * IMAGES) + lo) ^ hi);
         for (long r = begin; r < end; r++) {
             const T *g = pixel_row(dy, block, channel, r);
             for (long c = 0; c < width; c++) {
@@ -141,8 +140,7 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
     FlushToZero flush;
     const Slabs s = *slabs;  // a copy: what is written cannot change it
     const long lists = s.bands * (s.span * IMAGES / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, room = s.capacity / s.span / IMAGES + IMAGES;
-    Ints lanes;
-    for (long i = 0; i < IMAGES; i++) lanes[i] = (int32_t)(i * s.image);
+    const Ints lanes = LANES * (int32_t)s.image;
     for (long plane = begin; plane < end; plane++) {
         const long first = plane / s.out_channels * s.span, channel = plane % s.out_channels;
         const long blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
@@ -372,27 +370,20 @@ INLINE void write_slab(const Slabs &s, View<T> dx, long first, long blocks, long
 template <int R, int C, int N, class T> struct Taps {
     static constexpr int L = Vec<T>::lanes;
 
-    // The first elements of the rows. Opaque, or gcc forms each of the addresses anew from five numbers.
-    struct Rows {
-        T *at[R];
-        INLINE_MEMBER Rows(T *first, long row) {
-            UNROLL for (int r = 0; r < R; r++) {
-                at[r] = r ? at[r - 1] + row : first;
-                OPAQUE(at[r]);
-            }
-        }
-    };
-
     // dw += value * x[position], with dw in registers while the entries of a list stream by
     static void add_to_weights(long n, const Entry<T> *e, T *slab, long row, T *dw, long dw_row, bool fresh) {
         V<T> acc[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = fresh ? V<T>{} : load(dw + r * dw_row + v * L);
         for (long k = 0; k < n; k++) {
-            const Rows x(slab + e[k].position, row);
+            T *x[R];
+            UNROLL for (int r = 0; r < R; r++) {
+                x[r] = r ? x[r - 1] + row : slab + e[k].position;
+                OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
+            }
             const V<T> g = splat(e[k].value);
             UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int v = 0; v < C * N; v++) acc[r][v] += g * load(x.at[r] + v * L);
+                UNROLL for (int v = 0; v < C * N; v++) acc[r][v] += g * load(x[r] + v * L);
         }
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) store(dw + r * dw_row + v * L, acc[r][v]);
@@ -404,10 +395,14 @@ template <int R, int C, int N, class T> struct Taps {
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) w[r][v] = load(weights + r * w_row + v * L);
         for (long k = 0; k < n; k++) {
-            const Rows x(slab + e[k].position, row);
+            T *x[R];
+            UNROLL for (int r = 0; r < R; r++) {
+                x[r] = r ? x[r - 1] + row : slab + e[k].position;
+                OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
+            }
             const V<T> g = splat(e[k].value);
             UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int v = 0; v < C * N; v++) store(x.at[r] + v * L, load(x.at[r] + v * L) + g * w[r][v]);
+                UNROLL for (int v = 0; v < C * N; v++) store(x[r] + v * L, load(x[r] + v * L) + g * w[r][v]);
         }
     }
 };

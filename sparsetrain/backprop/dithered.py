@@ -8,6 +8,8 @@ import numpy as np
 from sparsetrain import checks, sparse_gradient
 from sparsetrain.backprop.method import Method
 
+LEAST, MOST = 1e-3, 1e6  # of s while a sparsity is to be held, so that it can come back from either end
+EXACT = 1e-6  # an s up to here would round beyond the precision of float32
 FASTEST = 2.0  # by which s changes from one pass to the next, at most, while a sparsity is to be held
 
 
@@ -16,10 +18,10 @@ class Dithered(Method):
     """Each layer's output gradient is rounded to multiples of s standard deviations, up or down at random so that its
     mean stays.
 
-    The same sample serves input and weight gradient; the bias's is exact. s > 0: larger is sparser; about 2 gives 61
-    % zeros for normal gradients, 74 % behind a ReLU, more for heavier tails. sparsity in (0, 1): instead of s held
-    fixed, it is changed in each layer, from s on, until so many values are zero. bits=8: multiples beyond +-127 are
-    clipped, and counted.
+    The same sample serves input and weight gradient; the bias's is exact. s > 0: larger is sparser;
+    about 2 gives 61 % zeros for normal gradients, 74 % behind a ReLU, more for heavier tails. sparsity in (0, 1):
+    instead of s held fixed, it is changed in each layer, from s on, until so many values are zero. bits=8: multiples
+    beyond +-127 are clipped, and counted.
 
     Source: Wiedemann et al., Dithered backprop, arXiv 2004.04729 (non-subtractive dither, step s * sigma over the
     layer's whole gradient). A gradient whose deviation is 0 or not finite is used as it is. The target sparsity is
@@ -39,8 +41,9 @@ class Dithered(Method):
             raise ValueError(f"bits is {self.bits!r}, must be 8 or None")
 
     def select(self, layer, x, geometry, dy):
-        step = layer.state.get("s", self.s) * sparse_gradient.standard_deviation(dy)
-        if not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
+        s = layer.state.get("s", self.s)
+        step = s * sparse_gradient.standard_deviation(dy)
+        if s <= EXACT or not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
             return None
         return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None else 127)
 
@@ -48,4 +51,5 @@ class Dithered(Method):
         if self.sparsity is not None and used is not None:
             # Far out, the share of values that stay is in proportion to 1 / s; nearer it changes more slowly.
             change = used.density / (1 - self.sparsity)
-            layer.state["s"] = layer.state.get("s", self.s) * min(FASTEST, max(1 / FASTEST, math.sqrt(change)))
+            s = layer.state.get("s", self.s) * min(FASTEST, max(1 / FASTEST, math.sqrt(change)))
+            layer.state["s"] = min(MOST, max(LEAST, s))

@@ -41,6 +41,7 @@ class MemAOP(Method):
         if not 0 < checks.number("k", self.k) <= 1:
             raise ValueError(f"k is {self.k}, must be in (0, 1]")
         checks.one_of("policy", self.policy, POLICIES)
+        checks.flag("memory", self.memory)
         checks.number("decay", self.decay, low=0, high=1)
 
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
@@ -63,6 +64,7 @@ class MemAOP(Method):
             # The first of exponential variates with these rates come as drawing one by one does (Efraimidis &
             # Spirakis 2006)
             worth = worth / layer.random().standard_exponential(len(worth))
+        worth = np.nan_to_num(worth, nan=np.inf, posinf=np.inf)  # what is not finite must show
         least = np.partition(worth, len(worth) - count)[len(worth) - count]
         chosen = np.flatnonzero(worth > least)
         level = np.flatnonzero(worth == least)[: count - len(chosen)]
@@ -73,12 +75,16 @@ class MemAOP(Method):
         if not self.memory:
             worth = rows.pick(_window_norms(x, weight, geometry, dy)) * rows.pick(_norms(dy.array))
             mask = rows.mask(self.choose(layer, worth))
+            if self.angles:
+                layer.note_angle(dy.array, dy.array * mask[:, None])
             return sparse_gradient.weight_gradient(x, weight, geometry, dy, sparse_gradient.chosen(mask))
         lr = 1.0 if self.optimizer is None else self.optimizer.lr
         if lr == 0:  # nothing is learned, nor remembered
             return sparse_gradient.weight_gradient(x, weight, geometry, dy, sparse_gradient.above(np.inf))
         worth = rows.pick(self._remember(layer, x, weight, geometry, dy, math.sqrt(lr)))
         mask = rows.mask(self.choose(layer, worth))
+        if self.angles:
+            layer.note_angle(dy.array, layer.state["dy"] * mask[:, None])
         layer.state["keep"] = ((1 - mask) * math.sqrt(self.decay)).astype(dy.dtype)
         return _remembered_gradient(layer.state, weight, dy.n, mask, lr)
 

@@ -1,12 +1,13 @@
 """What all methods have in common: the layers they are used in, their state, and what they report."""
 
+import copy
 import fnmatch
 import time
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from sparsetrain import checks, ops, sparse_gradient
+from sparsetrain import arrays, checks, ops, sparse_gradient
 from sparsetrain.nn import Conv2d, Linear
 
 
@@ -27,10 +28,13 @@ class Method:
 
     def __post_init__(self):
         checks.integer("seed", self.seed, low=0)
-        if isinstance(self.exclude, str):
+        checks.flag("angles", self.angles)
+        if isinstance(self.exclude, str) or not isinstance(self.exclude, (list, tuple)):
             raise TypeError(f"exclude is {self.exclude!r}, must be a sequence of layer names or globs")
         self.exclude, self.attached, self.optimizer = tuple(self.exclude), [], None
         known = {f.name for f in fields(self)} - {"exclude", "layers", "angles", "seed"}
+        if not isinstance(self.layers, dict) or not all(isinstance(a, dict) for a in self.layers.values()):
+            raise TypeError(f"layers is {self.layers!r}, must be a dict of layer name or glob to a dict of arguments")
         for glob, arguments in self.layers.items():
             for name in arguments:
                 checks.one_of(f"an argument in layers[{glob!r}]", name, sorted(known))
@@ -43,10 +47,11 @@ class Method:
     # ---- what a method defines
 
     def select(self, layer, x, geometry, dy):
-        """The Selection of the values of dy (a Blocked) that are used, or None for all of them.
+        """What is used of dy, a Blocked, which must not be changed: None for all of it, a Selection of its values, or a
+        Blocked of its shape, whose zeros are skipped.
 
-        dy may be changed: the bias's gradient has been taken from it. layer: a Layer, whose `state`, `random()` and
-        counters are the method's to use.
+        x is the Blocked that the layer read. layer: a Layer, whose `state`, `random()` and counters are the method's
+        to use.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define select(layer, x, geometry, dy)")
 
@@ -55,12 +60,17 @@ class Method:
 
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
         """dx of the layer; adds the gradients of weight and bias. Returns (dx, Used or None)."""
-        selection = self.select(layer, x, geometry, dy)
-        if selection is None:
+        found = self.select(layer, x, geometry, dy)
+        if found is None:
             return ops.conv2d_backward(x, weight, bias, geometry, dy, halo, into), None
-        if self.angles:
-            layer.measure_angle(x, weight, geometry, dy, selection)
-        return sparse_gradient.backward(x, weight, bias, geometry, dy, selection, halo, into, layer.density)
+        ops.bias_gradient(bias, dy)
+        if isinstance(found, arrays.Blocked):
+            if self.angles:
+                layer.note_angle(dy.array, found.array)
+            dy, found = found, sparse_gradient.nonzero()
+        elif self.angles:
+            layer.note_angle(dy.array, sparse_gradient.written_out(x, weight, geometry, dy, found)[0].array)
+        return sparse_gradient.backward(x, weight, geometry, dy, found, halo, into, layer.density)
 
     # ---- the model
 
@@ -88,7 +98,8 @@ class Method:
     def detach(self):
         """Go back to exact backward passes."""
         for layer in self.attached:
-            layer.module.backprop = None
+            if layer.module.backprop is layer:  # another method may have come since
+                layer.module.backprop = None
         self.attached = []
 
     def _for(self, name):
@@ -164,10 +175,9 @@ class Layer:
         self.passes, self.step = self.passes + 1, self.step + 1
         return dx
 
-    def measure_angle(self, x, weight, geometry, dy, selection):
-        """Note the angle between dy and the gradient that is used, in degrees."""
-        used = sparse_gradient.written_out(x, weight, geometry, dy, selection)[0].array.astype(np.float64)
-        exact = dy.array.astype(np.float64)
+    def note_angle(self, exact, used):
+        """Note the angle between two arrays, in degrees, for the report."""
+        exact, used = exact.astype(np.float64), used.astype(np.float64)
         lengths = np.sqrt((exact**2).sum() * (used**2).sum())
         if lengths > 0:
             self._angles.append(float(np.degrees(np.arccos(min(1.0, (exact * used).sum() / lengths)))))
@@ -189,10 +199,11 @@ class Layer:
 
     def get_state(self):
         density = {} if self.density is None else {"density": self.density}
-        return {"passes": self.passes, **density, **{f"state.{k}": v for k, v in self.state.items()}}
+        state = {f"state.{k}": copy.copy(v) for k, v in self.state.items()}
+        return {"passes": self.passes, **density, **state}
 
     def set_state(self, saved):
         self.passes = int(saved.get("passes", 0))
         self.density = float(saved["density"]) if "density" in saved else None
         prefix = "state."
-        self.state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        self.state = {k.removeprefix(prefix): copy.copy(v) for k, v in saved.items() if k.startswith(prefix)}

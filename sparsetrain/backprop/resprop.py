@@ -8,6 +8,7 @@ from sparsetrain import arrays, checks, sparse_gradient
 from sparsetrain.backprop.method import Method
 
 FIRST_THRESHOLD = 1e-7
+LEAST_THRESHOLD = 1e-13  # or a threshold halved in many steps without a gradient would not come back
 MARGIN = 0.05  # more values than 1 - reuse are computed
 SAMPLE = 1 << 10  # places, of 16 images each, that a quantile is taken of: 10 % is met to about 0.3 points
 
@@ -25,6 +26,9 @@ class ReSprop(Method):
     values; it swings around the target. "quantile" takes the threshold that the target needs from a sample of each
     gradient. warmup (W-ReSprop): nothing is reused in epochs 0 and 1, and 10 % more in each from 2 on.
 
+    The code leaves linear layers exact, and so should you (`exclude`): with them LeNet-5 on MNIST at reuse 0.9 diverged
+    (docs/papers.md).
+
     Source: Goli & Aamodt, Resprop, CVPR 2020, and its code (negargoli/ReSprop): the target has a margin of 5 %.
     Deviation: the image is any of the batch, where the code draws from as many as there are layers.
     """
@@ -35,6 +39,7 @@ class ReSprop(Method):
 
     def check(self):
         checks.fraction("reuse", self.reuse)
+        checks.flag("warmup", self.warmup)
         checks.one_of("control", self.control, ("paper", "quantile"))
 
     def target(self, epoch):
@@ -69,7 +74,7 @@ class ReSprop(Method):
         if used is not None and self.control == "paper":
             target = self.target(layer.epoch)
             factor = 0.5 if used.density < target else 2.0 if used.density > target else 1.0
-            layer.state["threshold"] = float(layer.state["threshold"]) * factor
+            layer.state["threshold"] = max(LEAST_THRESHOLD, float(layer.state["threshold"]) * factor)
         image = int(layer.random().integers(dy.n))
         layer.state["base"] = dy.array[image // arrays.IMAGES, ..., image % arrays.IMAGES].copy()
         layer.state["images"] = dy.n

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from sparsetrain.checks import integer
+from sparsetrain.checks import flag, integer
 from sparsetrain.data.dataset import check_pair
 
 
@@ -56,8 +56,8 @@ class Batches:
         if self.crop >= min(images.shape[2:]):
             size = "x".join(str(side) for side in images.shape[2:])
             raise ValueError(f"crop is {crop}, must be smaller than the images, {size} pixels")
-        self.shuffle, self.flip = _flag("shuffle", shuffle), _flag("flip", flip)
-        self.drop_last, self.prefetch = _flag("drop_last", drop_last), _flag("prefetch", prefetch)
+        self.shuffle, self.flip = flag("shuffle", shuffle), flag("flip", flip)
+        self.drop_last, self.prefetch = flag("drop_last", drop_last), flag("prefetch", prefetch)
         if self.drop_last and len(images) < self.batch_size:
             raise ValueError(
                 f"batch_size is {batch_size}, with drop_last it must be at most the number of images, {len(images)}"
@@ -138,9 +138,3 @@ def _per_channel(argument, values, channels):
     if array.shape != (channels,) or not np.isfinite(array).all():
         raise ValueError(f"{argument} is {values!r}, must be {channels} finite numbers, one a channel")
     return array.reshape(channels, 1, 1)
-
-
-def _flag(argument, value):
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument} is {value!r}, must be True or False")
-    return value

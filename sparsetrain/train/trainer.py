@@ -24,8 +24,8 @@ class Trainer:
 
     loss: a function (outputs, y) -> (loss, gradient); label_smoothing needs cross_entropy.
     schedule: a function of the step that sets optimizer.lr before each step, or None.
-    backprop: a method of `backprop` that says which values of the output gradients are used, or None for all.
-    callbacks: `Callback` objects, called in this order.
+    backprop: a method of `backprop` that says which values of the output gradients are used; None: all, but for
+    layers that a method was attached to by hand. callbacks: `Callback` objects, called in this order.
 
     Data are batches (x, y) from anything that can be iterated over once an epoch, such as
     `data.Batches`; where it has an `epoch` attribute, that is set before each pass. Accuracy is

@@ -341,3 +341,11 @@ def test_the_step_changes_by_a_factor_of_2_at_most():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         Dithered(**arguments)
+
+
+def test_a_target_below_the_zeros_that_are_there_stays_finite():
+    p = Passes("linear", Dithered(sparsity=0.5), n=64)
+    for i in range(300):
+        dy = p.gradient(i) * np.float32(10)
+        dy[np.random.default_rng(i).random(dy.shape) < 0.9] = 0
+        assert np.isfinite(p.step(dy)[1]).all()

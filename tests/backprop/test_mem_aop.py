@@ -457,3 +457,15 @@ def test_the_state_goes_on_in_another_method(kind):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         MemAOP(**arguments)
+
+
+def test_rows_that_are_not_finite_are_chosen():
+    method = MemAOP(k=0.5).attach(nn.Sequential(nn.Linear(2, 2)))
+    assert method.choose(method.attached[0], np.array([np.nan, 1, 2, 3], np.float32)).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_the_angle_is_that_of_the_rows(memory):
+    p = Passes("linear", MemAOP(k=0.5, memory=memory, angles=True))
+    p.step(p.gradient())
+    assert 0 < p.method.report()["0"]["angle"] < 90

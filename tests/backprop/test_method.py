@@ -450,3 +450,59 @@ def test_the_state_of_a_model_that_is_a_layer():
     other.load_state_dict(method.state_dict())
     assert other.state_dict() == method.state_dict()
     assert set(other.state_dict()) == {"/passes", "/density", "/state.s"}
+
+
+def test_a_state_is_a_copy():
+    p, other = Passes("linear", MemAOP(0.1)), Passes("linear", MemAOP(0.1))
+    p.step(p.gradient())
+    state = p.method.state_dict()
+    before = {key: np.array(value) for key, value in state.items()}
+    other.method.load_state_dict(state)
+    p.step(p.gradient(1))
+    other.step(other.gradient(2))
+    for key, value in state.items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_detaching_an_older_method_leaves_the_newer():
+    model = nn.Sequential(nn.Linear(2, 2))
+    older = TopK().attach(model)
+    newer = Dithered().attach(model)
+    older.detach()
+    assert model[0].backprop is newer.attached[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MemAOP(memory="no"),
+        lambda: ReSprop(warmup="no"),
+        lambda: Dithered(angles="no"),
+        lambda: TopK(layers=["0"]),
+        lambda: TopK(layers={"0": 3}),
+        lambda: TopK(exclude=3),
+    ],
+)
+def test_arguments_of_a_wrong_type(make):
+    with pytest.raises(TypeError):
+        make()
+
+
+class Halved(Method):
+    """Every second image, as an array of its own."""
+
+    def select(self, layer, x, geometry, dy):
+        used = dy.like()
+        used.array[...] = dy.array
+        used.array[..., ::2] = 0
+        return used
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_may_return_an_array(kind, kernel):
+    p = Passes(kind, Halved(angles=True))
+    dy = p.gradient()
+    used = dy.copy()
+    used[::2] = 0
+    p.check(p.step(dy), used, dy)
+    assert 30 < p.method.report()["0"]["angle"] < 60

@@ -310,3 +310,14 @@ def test_the_weight_gradient_adds_to_what_is_there(kernel):
     passes.model(passes.x)
     passes.model.backward(dy)
     close(weight.grad, before + passes.reference(used)[1])
+
+
+def test_the_threshold_recovers_from_gradients_of_zero():
+    p = Passes("linear", ReSprop(0.7))
+    for _ in range(200):
+        p.step(0 * p.gradient())
+    low = p.state["threshold"]
+    assert 0 < low < 1e-7
+    p.step(p.gradient())
+    p.step(p.gradient(1))
+    assert p.state["threshold"] > low
