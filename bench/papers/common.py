@@ -126,7 +126,7 @@ class Runs:
             return None
         start = time.perf_counter()
         result = rounded(work())
-        seconds = round(time.perf_counter() - start, 2)
+        seconds = round(time.perf_counter() - start, 4)
         about = {"commit": self.about["machine"]["commit"], "date": _now(), "threads": self.about["threads"]}
         self._keep(name, {"settings": settings, **about, "seconds": seconds, **result})
         numbers = ", ".join(f"{key} {value}" for key, value in result.items() if np.isscalar(value))
