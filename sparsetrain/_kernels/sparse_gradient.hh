@@ -7,7 +7,7 @@
 //     dw[tap, :] += value * x[position + tap, :]     with the taps of dw in registers
 //     dx[position + tap, :] += value * w[tap, :]     with the taps of w in registers
 //
-// What a list meets of the slab stays in L1.
+// What a list meets of the slab about fits L1 (slabs.py).
 
 // ---- which values are used
 

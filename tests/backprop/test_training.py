@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
+from quadrants import images
 from sparsetrain import cli, data, manual_seed, nn, optim, sparsify
 from sparsetrain.backprop import Dithered, MemAOP, ReSprop, TopK
 from sparsetrain.data import Dataset
@@ -24,17 +25,6 @@ METHODS = {
 }
 methods = pytest.mark.parametrize("name", METHODS)
 KEYS = {"values", "gradient_sparsity", "ms", "angle", "clipped"}
-
-
-def images(n, seed=0):
-    """Noisy 8x8 images whose label is the bright quadrant, 0 to 3."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(0, 4, n)
-    x = rng.standard_normal((n, 1, 8, 8)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        row, column = divmod(int(label), 2)
-        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1.5
-    return x, y
 
 
 def trainer(method, sparsity=0.5, **settings):
