@@ -6,8 +6,9 @@ set alone, so that no result depends on the number of threads.
 
 from sparsetrain._kernels import core
 
-# What a list meets of a slab: more than L1's 48 KB, as longer lists load the taps less often. Of 32, 64, 96 and 160 KB, 64
-# and 96 were best at 92 and 98 % zeros (64 channels at 56x56, 256 at 14x14, 512 at 7x7); 72 gives each its better group.
+# What a list meets of a slab: more than L1's 48 KB, as longer lists load the taps less often. Of 32, 64, 96 and
+# 160 KB, 64 and 96 were best at 92 and 98 % zeros (64 channels at 56x56, 256 at 14x14, 512 at 7x7); 72 gives each its
+# better group.
 L1_BYTES = 72 << 10
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
