@@ -1,7 +1,9 @@
 """Builds the compiled kernels, once per instruction set; everything else is in pyproject.toml."""
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from Cython.Build import cythonize
@@ -18,21 +20,29 @@ ISAS = {"base": []}  # instruction set: its compiler flags. base is SSE2 or NEON
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"]
+INT8_ISAS = dict(ISAS)  # of products of 8-bit numbers
+if "avx512" in ISAS:
+    INT8_ISAS["avx512_vnni"] = [*ISAS["avx512"], "-mavx512vnni"]
 
 
 class BuildKernels(build_ext):
-    """Compiles kernels.cc once per instruction set and links every copy in."""
+    """Compiles kernels.cc and int8.cc once per instruction set and links every copy in."""
 
     def build_extension(self, ext):
+        def compiled(file, isa, flags):
+            return self.compiler.compile(
+                [f"{HERE}/{file}"],
+                output_dir=f"{self.build_temp}/{isa}",
+                macros=[("ISA", isa)],
+                extra_postargs=CXXFLAGS + flags,
+                depends=ext.depends,
+            )
+
+        copies = [("kernels.cc", *isa) for isa in ISAS.items()] + [("int8.cc", *isa) for isa in INT8_ISAS.items()]
         try:
-            for isa, flags in ISAS.items():
-                ext.extra_objects += self.compiler.compile(
-                    [f"{HERE}/kernels.cc"],
-                    output_dir=f"{self.build_temp}/{isa}",
-                    macros=[("ISA", isa)],
-                    extra_postargs=CXXFLAGS + flags,
-                    depends=ext.depends,
-                )
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for objects in pool.map(lambda copy: compiled(*copy), copies):
+                    ext.extra_objects += objects
             super().build_extension(ext)
         except CCompilerError as error:
             sys.exit(f"sparsetrain needs a C++20 compiler with OpenMP (g++ >= 11, or clang++ with libomp): {error}")
@@ -44,7 +54,7 @@ core = Extension(
     language="c++",
     include_dirs=[HERE],
     depends=glob(f"{HERE}/*.hh")
-    + [f"{HERE}/{name}" for name in ("kernels.cc", "core.pyx", "sparse_gradient.pxi", "kernels.pxd")],
+    + [f"{HERE}/{name}" for name in ("kernels.cc", "int8.cc", "core.pyx", "sparse_gradient.pxi", "int8.pxi", "kernels.pxd")],
     extra_compile_args=["-std=c++20", "-O2", *OPENMP],
     extra_link_args=OPENMP,
 )

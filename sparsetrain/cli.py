@@ -59,6 +59,7 @@ OPTIONS = {
         "dithered: hold this share of zeros, in (0, 1), changing s in each layer (default: s stays)",
     ),
     "bits": (None, {"type": int}, "dithered: 8 clips the levels to 8 bits (default: no limit)"),
+    "precision": (None, {"type": int}, "dithered: 8 for 8-bit inputs, weights and levels (default: float32)"),
     "reuse": (
         None,
         {"type": float},
@@ -134,6 +135,7 @@ OF_BACKPROP = (
     "s",
     "gradient_sparsity",
     "bits",
+    "precision",
     "reuse",
     "reuse_warmup",
     "control",

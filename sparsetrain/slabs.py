@@ -23,8 +23,12 @@ def _vectors(channels, taps, lanes):
     return most
 
 
-def plan(x_shape, dtype, dy_shape, images, kernel, geometry):
-    """The SlabPlan for blocked shapes of x and dy (blocks, channels, height, width, 16). geometry.groups must be 1."""
+def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None):
+    """The SlabPlan for blocked shapes of x and dy (blocks, channels, height, width, 16). geometry.groups must be 1.
+
+    most: how many products a sum of the weight gradient may have before it is added to others; None if that is not
+    possible.
+    """
     blocks, channels, height, width = x_shape[:4]
     _, out_channels, out_height, out_width = dy_shape[:4]
     taps, size = kernel[0] * kernel[1], dtype.itemsize
@@ -61,6 +65,11 @@ def plan(x_shape, dtype, dy_shape, images, kernel, geometry):
     spans = -(-blocks // span)
     channel_groups = -(-channels // side)
     parts = min(spans, -(-TASKS // channel_groups))
+    if most is not None:
+        spans_of_a_part = most // (16 * span * out_height * out_width)
+        if spans_of_a_part == 0:
+            return None
+        parts = max(parts, -(-spans // spans_of_a_part))
     return core.SlabPlan(
         blocks=blocks, images=images, channels=channels, height=height, in_width=width, out_channels=out_channels,
         out_height=out_height, out_width=out_width, kernel=kernel, stride=geometry.stride, padding=geometry.padding,

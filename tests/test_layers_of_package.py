@@ -10,7 +10,7 @@ import sparsetrain
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
     *("_kernels", "version", "checks", "files", "options", "rng", "arrays", "record", "normed", "sparse"),
-    *("choices", "tiles", "plans", "bands", "slabs", "ops", "sparse_gradient", "nn", "optim", "sparsity"),
+    *("choices", "tiles", "plans", "bands", "slabs", "ops", "sparse_gradient", "int8", "nn", "optim", "sparsity"),
     *("backprop", "data", "train", "bench", "profile", "__init__", "named", "profile_command", "cli", "__main__"),
 ]
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -11,7 +11,7 @@ import numpy as np
 from cython cimport floating
 from cython.parallel cimport prange, threadid
 from libc.math cimport sqrt
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
 
 from sparsetrain._kernels import memory
 from sparsetrain._kernels import threads as _threads
@@ -23,9 +23,14 @@ cdef extern from "placement.hh":
 
 from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport (
-    Bands, BatchNorm, Build, Entry, Product, Segment, Shape, Slabs, Sparsifier, View, Windows,
+    Bands, BatchNorm, Build, Entry, PackedEntry, Product, Segment, Shape, Slabs, Sparsifier, View, Windows,
 )
 
+
+ctypedef fused number:
+    float
+    double
+    int32_t
 
 # As in kernels.hh.
 FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES
@@ -35,6 +40,7 @@ FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROW
 
 _ISAS = {kernels.isas[i].name.decode(): i for i in range(kernels.n_isas) if kernels.isas[i].supported}
 _isa = None
+_vnni = kernels.vnni != NULL
 cdef int _n_threads = _threads.default()
 
 
@@ -53,8 +59,23 @@ def set_isa(name):
     global _isa
     if name not in _ISAS:
         raise ValueError(f"instruction set is {name!r}, this machine runs {', '.join(_ISAS)}")
-    kernels.use(kernels.isas[<int>_ISAS[name]].build)
+    cdef const kernels.Isa *isa = &kernels.isas[<int>_ISAS[name]]
+    kernels.use(isa.build, kernels.vnni if _vnni and name == "avx512" else isa.int8)
     _isa = name
+
+
+def get_vnni():
+    """Whether 8-bit products use AVX-512 VNNI where the instruction set in use is avx512."""
+    return _vnni
+
+
+def set_vnni(on):
+    """Use AVX-512 VNNI or other instructions, which give the same results; ValueError if this machine does not have it."""
+    global _vnni
+    if on and kernels.vnni == NULL:
+        raise ValueError("this machine does not have AVX-512 VNNI")
+    _vnni = bool(on)
+    set_isa(_isa)
 
 
 def tile_limits(isa=None):
@@ -114,12 +135,12 @@ cdef long chunks_of(long n, int threads) noexcept:
 
 # ---- blocked arrays
 
-cdef View[floating] view(floating[:, :, :, :, :] a) noexcept:
-    cdef View[floating] v
+cdef View[number] view(number[:, :, :, :, :] a) noexcept:
+    cdef View[number] v
     v.data = &a[0, 0, 0, 0, 0]
-    v.block = a.strides[0] // sizeof(floating)
-    v.channel = a.strides[1] // sizeof(floating)
-    v.row = a.strides[2] // sizeof(floating)
+    v.block = a.strides[0] // sizeof(number)
+    v.channel = a.strides[1] // sizeof(number)
+    v.row = a.strides[2] // sizeof(number)
     return v
 
 
@@ -484,10 +505,10 @@ cdef class Plan:
         return self.n_tiles * self.n_chunks
 
 
-cdef Product[floating] product_of(Plan p, floating example) noexcept:
+cdef Product[number] product_of(Plan p, number example) noexcept:
     """What the plan says; where x and y lie is still to be set."""
     cdef:
-        Product[floating] a
+        Product[number] a
         int i
     a.y_channel = p.y_strides[1]
     a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
@@ -879,6 +900,7 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
 
 
 include "sparse_gradient.pxi"
+include "int8.pxi"
 
 
 # ---- loss and optimisers

@@ -2,32 +2,46 @@
 #pragma once
 #include "kernels.hh"
 
-namespace base { extern const Build build; }
+#define BUILT(isa) namespace isa { extern const Build build; extern const Int8Kernels int8; }
+BUILT(base)
 #ifdef __x86_64__
-namespace avx2 { extern const Build build; }
-namespace avx512 { extern const Build build; }
+BUILT(avx2)
+BUILT(avx512)
+namespace avx512_vnni { extern const Int8Kernels int8; }
 #endif
+#undef BUILT
 
 struct Isa {
     const char *name;
     const Build *build;
+    const Int8Kernels *int8;
     bool supported;  // by this processor and its operating system
 };
 
 // Best first.
 inline const Isa isas[] = {
 #ifdef __x86_64__
-    {"avx512", &avx512::build, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")
+    {"avx512", &avx512::build, &avx512::int8, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")
         && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
-    {"avx2", &avx2::build, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+    {"avx2", &avx2::build, &avx2::int8, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-    {"base", &base::build, true},
+    {"base", &base::build, &base::int8, true},
 };
 constexpr int n_isas = sizeof isas / sizeof *isas;
 
+// Where AVX-512 has instructions that sum the products of bytes, else null.
+#ifdef __x86_64__
+inline const Int8Kernels *vnni = __builtin_cpu_supports("avx512vnni") ? &avx512_vnni::int8 : nullptr;
+#else
+inline const Int8Kernels *vnni = nullptr;
+#endif
+
 // The build in use, and the calls that go to it.
 template <class T> inline Kernels<T> in_use;
-inline void use(const Build *b) { in_use<float> = b->f32, in_use<double> = b->f64; }
+inline Int8Kernels int8_in_use;
+inline void use(const Build *b, const Int8Kernels *int8) {
+    in_use<float> = b->f32, in_use<double> = b->f64, int8_in_use = *int8;
+}
 #define CALL(name) template <class T, class... A> inline void name(A... a) { in_use<T>.name(a...); }
 CALL(spmm)
 CALL(sddmm)
@@ -70,4 +84,16 @@ CALL(adam)
 CALL(multiply_add)
 CALL(read_sum)
 CALL(axpy)
+#undef CALL
+#define CALL(name) template <class... A> inline void int8_##name(A... a) { int8_in_use.name(a...); }
+CALL(find_range)
+CALL(to_quads)
+CALL(from_quads)
+CALL(round_weights)
+CALL(spmm)
+CALL(compress)
+CALL(weight_gradient)
+CALL(input_gradient)
+CALL(pack_weights)
+CALL(unpack_weights)
 #undef CALL

@@ -1,21 +1,10 @@
 // Every kernel, compiled once per instruction set: setup.py passes -DISA=<name> and that set's flags.
 // Only C headers: an inline function of the C++ library could be linked from this copy into baseline code.
 #include <math.h>
-#include "kernels.hh"
-
-#if defined(__AVX512F__)
-#define VEC_BYTES 64
-#define REGISTERS 32
-#elif defined(__AVX2__)
-#define VEC_BYTES 32
-#define REGISTERS 16
-#elif defined(__aarch64__)
-#define VEC_BYTES 16
-#define REGISTERS 32
-#else
-#define VEC_BYTES 16
-#define REGISTERS 16
+#if defined(__SSE2__)
+#include <immintrin.h>
 #endif
+#include "kernels.hh"
 
 namespace {  // internal linkage: one build's code must never be shared with another
 #include "vec.hh"
@@ -32,10 +21,10 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>, .pack_values = pack_values<T>,
     .spread_values = spread_values<T>, .collect_values = collect_values<T>,
-    .compress = compress<T>, .sparsify = sparsify<T>, .deviations = deviations<T>,
+    .compress = compress<T, Entry<T>>, .sparsify = sparsify<T>, .deviations = deviations<T>,
     .sum_images = sum_images<T>, .remember = remember<T>, .square_norms = square_norms<T>,
     .slab_weight_gradient = slab_weight_gradient<T>, .slab_input_gradient = slab_input_gradient<T>,
-    .pack_slab_weights = pack_slab_weights<T>, .unpack_slab_weights = unpack_slab_weights<T>,
+    .pack_slab_weights = pack_slab_weights<T, T>, .unpack_slab_weights = unpack_slab_weights<T>,
     .conv_band = conv_band<T>, .conv_band_backward = conv_band_backward<T>, .norm_gradient_sums = norm_gradient_sums<T>,
     .batch_norm = batch_norm<T>, .batch_norm_backward = batch_norm_backward<T>, .bias_grad = bias_grad<T>,
     .relu = relu<T>, .relu_backward = relu_backward<T>, .add = add<T>, .copy = copy<T>, .dropout = dropout<T>,

@@ -49,6 +49,8 @@ template <class T> struct Product {
     T *dvalues;              // sddmm: parts arrays of n_values partial gradients
     const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
     long n_values, parts;
+    float scale;             // int32_t, the four bytes of a quad (int8.hh): y is float, sum * scale + shift[row]
+    const float *shift;
 };
 
 // Batch norm over one channel: y = relu(gamma (x - mean) / sqrt(var + eps) + beta + add), add and relu optional.
@@ -109,12 +111,15 @@ template <class T> struct Entry {
     int32_t position;  // in the slab, of the value of x that the first tap meets
     T value;
 };
+struct PackedEntry {  // the same of a value from -127 to 127
+    int32_t bits;  // 256 position + value's low byte
+};
 // Which values of an output gradient are used, and as what.
 enum { DITHER, THRESHOLD };
 template <class T> struct Sparsifier {
     int kind;
-    // DITHER: floor(value / step + u), u uniform in [0, 1), clipped to +-limit unless that is 0, times step
-    T step;
+    // DITHER: floor(value / step + u), u uniform in [0, 1), clipped to +-limit unless that is 0, times unit
+    T step, unit;
     long limit;
     uint64_t seed;
     // THRESHOLD: value - base times chosen where its magnitude is above the image's threshold; any may be null
@@ -212,6 +217,33 @@ template <class T> struct Kernels {
     void (*read_sum)(long n, long repeats, const T *x, T *total);
     // y[i] += a x[i] for i < n, `repeats` times; y may be x
     void (*axpy)(long n, long repeats, T a, const T *x, T *y);
+};
+// Products of numbers of 8 bits, in sums of 32 (int8.hh). quads: four channels a number, laid out as floats of a quarter of
+// the channels. x = (byte - zero) * scale.
+struct Int8Kernels {
+    // range[0], [1]: the least and largest value of the images of the planes (block x channel) [begin, end) and 0;
+    // range[2]: 0, NaN if a value is not finite
+    void (*find_range)(Shape, View<float> x, float *range, long begin, long end);
+    // Planes of quads, halo (rows and columns) and all, and back; shape is that of x
+    void (*to_quads)(Shape, View<float> x, View<int32_t> quads, long halo_rows, long halo_columns, float inverse, int zero,
+                     long begin, long end);
+    void (*from_quads)(Shape, View<int32_t> quads, View<float> x, float scale, int zero, long begin, long end);
+    // levels[i] = weights[i] * inverse rounded, quads[place[i]] = levels[i] unless place is null, sums[row] = their sum, for
+    // rows [begin, end)
+    void (*round_weights)(long begin, long end, const int32_t *indptr, const int32_t *place, const float *weights,
+                          float inverse, int8_t *levels, int8_t *quads, int32_t *sums);
+    void (*spmm)(const Product<int32_t> *, long task, int32_t *scratch);
+    // As those of Kernels, in whole numbers until the end
+    void (*compress)(const Slabs *, const Sparsifier<float> *, View<float> dy, long begin, long end, PackedEntry *entries,
+                     int32_t *starts, int64_t *clipped, PackedEntry *scratch);
+    void (*weight_gradient)(const Slabs *, View<int32_t> x, int zero, const PackedEntry *entries, const int32_t *starts,
+                            long task, long parts, int32_t *dw, long row, int32_t *slab);
+    void (*input_gradient)(const Slabs *, View<float> dx, float scale, const PackedEntry *entries, const int32_t *starts,
+                           long task, const int32_t *weights, long row, const float *base, bool accumulate, int32_t *slab);
+    void (*pack_weights)(long begin, long end, long rows, long channels, long taps, long width, const int8_t *levels,
+                         int32_t *packed);
+    void (*unpack_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
+                           const int32_t *packed, float scale, float *grad, bool accumulate);
 };
 enum { CHAINED_VALUES = 768 };  // a whole number of register files on every instruction set
 

@@ -1,16 +1,20 @@
 """The kernels as Cython sees them: dispatch.hh forwards each to the build in use. T is deduced."""
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
 
 cdef extern from "dispatch.hh" nogil:
     ctypedef struct Build:
         int max_tile, max_gradient_tile, max_dense_tile, features, vector_bytes
+    ctypedef struct Int8Kernels:
+        pass
     ctypedef struct Isa:
         const char *name
         const Build *build
+        const Int8Kernels *int8
         bint supported
     const Isa isas[]
     int n_isas
-    void use(const Build *)
+    const Int8Kernels *vnni
+    void use(const Build *, const Int8Kernels *)
 
     cppclass View[T]:
         T *data
@@ -46,6 +50,8 @@ cdef extern from "dispatch.hh" nogil:
         T *dvalues
         const int32_t *first_value
         long n_values, parts
+        float scale
+        const float *shift
     cppclass Bands[T]:
         Shape x_shape, y_shape
         long tasks, run, rows, stride, reach
@@ -92,11 +98,13 @@ cdef extern from "dispatch.hh" nogil:
     cppclass Entry[T]:
         int32_t position
         T value
+    ctypedef struct PackedEntry:
+        int32_t bits
     enum: DITHER
     enum: THRESHOLD
     cppclass Sparsifier[T]:
         int kind
-        T step
+        T step, unit
         long limit
         uint64_t seed
         const T *base
@@ -149,3 +157,17 @@ cdef extern from "dispatch.hh" nogil:
     void multiply_add[T](long, T, T, T *)
     void read_sum[T](long, long, const T *, T *)
     void axpy[T](long, long, T, const T *, T *)
+
+    void int8_find_range(Shape, View[float], float *, long, long)
+    void int8_to_quads(Shape, View[float], View[int32_t], long, long, float, int, long, long)
+    void int8_from_quads(Shape, View[int32_t], View[float], float, int, long, long)
+    void int8_round_weights(long, long, const int32_t *, const int32_t *, const float *, float, int8_t *, int8_t *, int32_t *)
+    void int8_spmm(const Product[int32_t] *, long, int32_t *)
+    void int8_compress(const Slabs *, const Sparsifier[float] *, View[float], long, long, PackedEntry *, int32_t *, int64_t *,
+                       PackedEntry *)
+    void int8_weight_gradient(const Slabs *, View[int32_t], int, const PackedEntry *, const int32_t *, long, long, int32_t *, long,
+                              int32_t *)
+    void int8_input_gradient(const Slabs *, View[float], float, const PackedEntry *, const int32_t *, long, const int32_t *, long,
+                             const float *, bint, int32_t *)
+    void int8_pack_weights(long, long, long, long, long, long, const int8_t *, int32_t *)
+    void int8_unpack_weights(long, long, long, long, long, long, long, long, const int32_t *, float, float *, bint)

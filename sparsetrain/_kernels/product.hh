@@ -48,6 +48,19 @@ template <class T> struct Ahead {
     }
 };
 
+// One step of a product: of floats, or of four bytes each (int8.hh).
+template <class T> INLINE V<T> add_product(V<T> sum, V<T> weight, V<T> x) {
+    if constexpr (whole_numbers<T>) return add_products_of_four(sum, x, weight);
+    else return sum + weight * x;
+}
+// What is written of a sum.
+template <class T> INLINE V<Result<T>> finished(const Product<T> &a, long row, bool relu, V<T> sum) {
+    V<Result<T>> y;
+    if constexpr (whole_numbers<T>) y = __builtin_convertvector(sum, V<float>) * a.scale + a.shift[row];
+    else y = sum;
+    return relu ? (y < 0 ? V<Result<T>>{} : y) : y;
+}
+
 // X_STEP is the distance between two columns of x where it is known when compiling (16), else 0.
 template <int U, int R, int W, int X_STEP, class T>
 void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment *s, const Segment *end, Ahead<T> &ahead) {
@@ -84,17 +97,16 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                     UNROLL for (int w = 0; w < W; w++, p += x_col) {
                         if (!X_STEP) OPAQUE(p);
                         const V<T> xv = load(p);
-                        UNROLL for (int u = 0; u < U; u++) acc[u][r][w] += weight[u] * xv;
+                        UNROLL for (int u = 0; u < U; u++) acc[u][r][w] = add_product<T>(acc[u][r][w], weight[u], xv);
                     }
                 }
             }
             if (s->flags & LAST) {
-                if (a.relu)
-                    UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
-                        UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = acc[u][r][w] < 0 ? V<T>{} : acc[u][r][w];
+                const bool relu = a.relu;
                 UNROLL for (int u = 0; u < U; u++) if (U == 1 || s->row + u < a.rows)
                     UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
-                        store(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2], acc[u][r][w]);
+                        store((Result<T> *)(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2]),
+                              finished<T>(a, s->row + u, relu, acc[u][r][w]));
             } else {
                 UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int w = 0; w < W; w++) store(part + ((u * R + r) * W + w) * IMAGES, acc[u][r][w]);
@@ -267,7 +279,7 @@ template <class T> struct Tiles {
             sparse[R - 1][W - 1][0] = spmm_tile<1, R, W, 0, T>;
             sparse[R - 1][W - 1][1] = spmm_tile<1, R, W, IMAGES, T>;
         }
-        if constexpr (has_tile(R, W, MAX_GRADIENT_TILE)) {
+        if constexpr (!whole_numbers<T> && has_tile(R, W, MAX_GRADIENT_TILE)) {
             gradient[R - 1][W - 1][0] = sddmm_tile<R, W, 0, T>;
             gradient[R - 1][W - 1][1] = sddmm_tile<R, W, IMAGES, T>;
         }

@@ -37,11 +37,11 @@ template <class T> INLINE Values<T> real_images(long block, long images) {
 template <class T, class F>
 INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, long block, long channel, long begin, long end, F f) {
     const long width = s.out_width, first = channel * s.out_height * width;
-    long clipped = 0;
     if (how.kind == DITHER) {
         // A random number is a hash of the seed, the image and the place in it, as in dropout().
         const uint32_t lo = (uint32_t)how.seed, hi = (uint32_t)(how.seed >> 32);
-        const T step = how.step, inverse = 1 / step, limit = (T)how.limit;
+        const T unit_out = how.unit, inverse = 1 / how.step, limit = (T)how.limit;
+        Values<T> clipped = {};  // exact up to 2^24 pixels
         const Hashes key = mix(mix((Hashes)LANES + (uint32_t)(block * IMAGES) + lo) ^ hi);
         for (long r = begin; r < end; r++) {
             const T *g = pixel_row(dy, block, channel, r);
@@ -50,14 +50,17 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
                 const Values<T> unit = __builtin_convertvector((Ints)hash, Values<T>) * T(0x1p-24);
                 Values<T> q = round_down<T>(*(const Values<T> *)(g + c * IMAGES) * inverse + unit);
                 if (limit) {
-                    for (long i = 0; i < IMAGES; i++) clipped += q[i] < -limit || q[i] > limit;
+                    const Values<T> before = q;
                     q = q < -limit ? Values<T>{} - limit : q;
                     q = q > limit ? Values<T>{} + limit : q;
+                    clipped += before != q ? Values<T>{} + 1 : Values<T>{};
                 }
-                f(r, c, q * step);
+                f(r, c, q * unit_out);
             }
         }
-        return clipped;
+        long n = 0;
+        for (long i = 0; i < IMAGES; i++) n += (long)clipped[i];
+        return n;
     }
     const Values<T> real = real_images<T>(block, s.images);
     Values<T> threshold = {};
@@ -74,6 +77,25 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
         }
     }
     return 0;
+}
+
+// ---- entries
+
+template <class T> struct Entries { typedef Entry<T> type; };
+template <> struct Entries<int32_t> { typedef PackedEntry type; };
+template <class T> using EntryOf = typename Entries<T>::type;  // of products in numbers of type T
+
+template <class T> INLINE long position_of(const Entry<T> &e) { return e.position; }
+INLINE long position_of(const PackedEntry &e) { return e.bits >> 8; }
+template <class T> INLINE Entry<T> moved(Entry<T> e, int32_t by) { return e.position += by, e; }
+INLINE PackedEntry moved(PackedEntry e, int32_t by) { return e.bits += by * 256, e; }
+// The value in all lanes; the upper 16 bits of a whole number are 0, as add_products_of_two() wants one of its factors.
+template <class T> INLINE V<T> splat_value(const Entry<T> &e) { return splat(e.value); }
+INLINE V<int32_t> splat_value(const PackedEntry &e) { return splat((int32_t)(uint16_t)(int8_t)e.bits); }
+
+template <class T> INLINE V<T> add_product_with_entry(V<T> sum, V<T> value, V<T> x) {
+    if constexpr (whole_numbers<T>) return add_products_of_two(sum, value, x);
+    else return sum + value * x;
 }
 
 // Writes those of 16 entries whose value is not zero, and anything after them up to out[16]; returns how many they are.
@@ -100,16 +122,35 @@ template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, con
     return n;
 }
 
+INLINE long append(PackedEntry *out, const Values<float> &value, const Ints &position) {
+    const Ints packed = position << 8 | (__builtin_convertvector(value, Ints) & 255);
+#if defined(__AVX512F__)
+    typedef float floats __attribute__((vector_size(64)));
+    typedef int32_t ints __attribute__((vector_size(64)));
+    const uint16_t kept = (uint16_t)__builtin_ia32_cmpps512_mask((floats)value, floats{}, 4, (uint16_t)-1, 4);
+    const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)packed, ints{}, kept);
+    __builtin_memcpy(out, &p, sizeof p);
+    return __builtin_popcount(kept);
+#else
+    long n = 0;
+    for (long i = 0; i < IMAGES; i++) {
+        out[n].bits = packed[i];
+        n += value[i] != 0;
+    }
+    return n;
+#endif
+}
+
 INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
 
 // Pixels of 16 images come one by one and go, 16 at a time, to a list for each image.
-template <class T> struct ImageLists {
-    Entry<T> *first, *end[IMAGES];
+template <class T, class E> struct ImageLists {
+    E *first, *end[IMAGES];
     long room, pixels = 0;
     T values[IMAGES][IMAGES];
     Ints positions;
 
-    INLINE_MEMBER ImageLists(Entry<T> *scratch, long room_) : first(scratch), room(room_) {
+    INLINE_MEMBER ImageLists(E *scratch, long room_) : first(scratch), room(room_) {
         for (long i = 0; i < IMAGES; i++) end[i] = first + i * room;
     }
     INLINE_MEMBER void add(const Values<T> &v, int32_t position) {
@@ -128,15 +169,15 @@ template <class T> struct ImageLists {
                 transpose<T>(v);
                 UNROLL for (int i = 0; i < L; i++) store(&image[i][p], v[i]);
             }
-            for (long i = 0; i < L; i++) end[lane + i] += append<T>(end[lane + i], *(const Values<T> *)image[i], positions);
+            for (long i = 0; i < L; i++) end[lane + i] += append(end[lane + i], *(const Values<T> *)image[i], positions);
         }
     }
 };
 
 // The lists of some planes (span x output channel). starts[plane][list] counts from the plane's own entries.
-template <class T>
-void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, Entry<T> *entries, int32_t *starts,
-              int64_t *clipped, Entry<T> *scratch) {
+template <class T, class E>
+void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, E *entries, int32_t *starts,
+              int64_t *clipped, E *scratch) {
     FlushToZero flush;
     const Slabs s = *slabs;  // a copy: what is written cannot change it
     const long lists = s.bands * (s.span * IMAGES / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, room = s.capacity / s.span / IMAGES + IMAGES;
@@ -144,7 +185,7 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
     for (long plane = begin; plane < end; plane++) {
         const long first = plane / s.out_channels * s.span, channel = plane % s.out_channels;
         const long blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
-        Entry<T> *out = entries + plane * (s.capacity + IMAGES);
+        E *out = entries + plane * (s.capacity + IMAGES);
         int32_t *start = starts + plane * (lists + 1);
         long n = 0, list = 0;
         clipped[plane] = 0;
@@ -157,20 +198,17 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
                 const auto position = [=](long r, long c) { return (int32_t)(image + r * row_step + c * step); };
                 if (s.group >= IMAGES) {
                     clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
-                        n += append<T>(out + n, v, lanes + position(r, c));
+                        n += append(out + n, v, lanes + position(r, c));
                     });
                     continue;
                 }
-                ImageLists<T> images(scratch, room);
+                ImageLists<T, E> images(scratch, room);
                 clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom,
                                               [&](long r, long c, const Values<T> &v) { images.add(v, position(r, c)); });
                 images.flush();
                 for (long i = 0; i < IMAGES; i++) {
                     if (i && i % s.group == 0) start[list++] = (int32_t)n;
-                    for (const Entry<T> *e = scratch + i * room; e < images.end[i]; e++, n++) {
-                        out[n].position = e->position + lanes[i];
-                        out[n].value = e->value;
-                    }
+                    for (const E *e = scratch + i * room; e < images.end[i]; e++) out[n++] = moved(*e, lanes[i]);
                 }
             }
         }
@@ -308,8 +346,15 @@ template <class T> INLINE long move_rows(const Slabs &s, long band, long images,
     return shared;
 }
 
+// Values of 16 images, or what a register holds of them, of a channel of a pixel; in: those of channel 0, or of its quad.
+template <class T> INLINE V<T> channel_of(const T *in, const View<T> &x, long channel, int zero) {
+    if constexpr (whole_numbers<T>) return (load(in + channel / 4 * x.channel) >> (int)(channel % 4 * 8) & 255) - zero;
+    else return load(in + channel * x.channel);
+}
+
 // The slab of a band of x, channels from `channel` on. The last band's rows, and zero outside the image, are there.
-template <class T> INLINE void read_slab(const Slabs &s, View<T> x, long first, long blocks, long channel, long band, T *slab) {
+template <class T>
+INLINE void read_slab(const Slabs &s, View<T> x, int zero, long first, long blocks, long channel, long band, T *slab) {
     constexpr int L = Vec<T>::lanes;
     const long channels = s.channels - channel, top = first_row(s, band), rows = end_row(s, band) - top;
     for (long r = band ? move_rows(s, band, blocks * IMAGES, slab) : 0; r < rows; r++) {
@@ -320,13 +365,13 @@ template <class T> INLINE void read_slab(const Slabs &s, View<T> x, long first, 
                 for (long i = 0; i < IMAGES; i++) __builtin_memset(out + i * s.image, 0, s.row * sizeof(T));
                 continue;
             }
-            const T *in = pixel_row(x, first + b, channel, h);
+            const T *in = pixel_row(x, first + b, whole_numbers<T> ? channel / 4 : channel, h);
             for (long c = 0; c < s.width; c += L)
                 for (long w = 0; w < s.in_width; w++)
                     for (long lane = 0; lane < IMAGES; lane += L) {
                         V<T> v[L];
                         UNROLL for (int i = 0; i < L; i++)
-                            v[i] = c + i < channels ? load(in + (c + i) * x.channel + w * IMAGES + lane) : V<T>{};
+                            v[i] = c + i < channels ? channel_of(in + w * IMAGES + lane, x, c + i, zero) : V<T>{};
                         transpose<T>(v);
                         UNROLL for (int i = 0; i < L; i++) store(out + (lane + i) * s.image + (w + s.padding[1]) * s.width + c, v[i]);
                     }
@@ -336,8 +381,9 @@ template <class T> INLINE void read_slab(const Slabs &s, View<T> x, long first, 
 
 // The finished rows of a slab of dx, plus base (channels, height, width) if there is one, to dx.
 template <class T>
-INLINE void write_slab(const Slabs &s, View<T> dx, long first, long blocks, long channel, long band, const T *slab, const T *base,
-                       bool accumulate) {
+INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long first, long blocks, long channel, long band, const T *slab,
+                       const Result<T> *base, bool accumulate) {
+    typedef Result<T> R;
     constexpr int L = Vec<T>::lanes;
     const long channels = s.channels - channel, top = first_row(s, band), rows = final_row(s, band) - top;
     for (long r = 0; r < rows; r++) {
@@ -345,8 +391,8 @@ INLINE void write_slab(const Slabs &s, View<T> dx, long first, long blocks, long
         if (h < 0 || h >= s.height) continue;
         for (long b = 0; b < blocks; b++) {
             const T *in = slab + b * IMAGES * s.image + r * s.row;
-            T *out = pixel_row(dx, first + b, channel, h);
-            const Values<T> real = real_images<T>(first + b, s.images);
+            R *out = pixel_row(dx, first + b, channel, h);
+            const Values<R> real = real_images<R>(first + b, s.images);
             for (long c = 0; c < s.width; c += L)
                 for (long w = 0; w < s.in_width; w++)
                     for (long lane = 0; lane < IMAGES; lane += L) {
@@ -355,9 +401,12 @@ INLINE void write_slab(const Slabs &s, View<T> dx, long first, long blocks, long
                         transpose<T>(v);
                         UNROLL for (int i = 0; i < L; i++) {
                             if (c + i >= channels) continue;
-                            T *y = out + (c + i) * dx.channel + w * IMAGES + lane;
-                            if (base) v[i] += base[((channel + c + i) * s.height + h) * s.in_width + w] * load((const T *)&real + lane);
-                            store(y, accumulate ? load(y) + v[i] : v[i]);
+                            R *y = out + (c + i) * dx.channel + w * IMAGES + lane;
+                            V<R> d;
+                            if constexpr (whole_numbers<T>) d = __builtin_convertvector(v[i], V<R>) * scale;
+                            else d = v[i];
+                            if (base) d += base[((channel + c + i) * s.height + h) * s.in_width + w] * load((const R *)&real + lane);
+                            store(y, accumulate ? load(y) + d : d);
                         }
                     }
         }
@@ -371,38 +420,38 @@ template <int R, int C, int N, class T> struct Taps {
     static constexpr int L = Vec<T>::lanes;
 
     // dw += value * x[position], with dw in registers while the entries of a list stream by
-    static void add_to_weights(long n, const Entry<T> *e, T *slab, long row, T *dw, long dw_row, bool fresh) {
+    static void add_to_weights(long n, const EntryOf<T> *e, T *slab, long row, T *dw, long dw_row, bool fresh) {
         V<T> acc[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = fresh ? V<T>{} : load(dw + r * dw_row + v * L);
         for (long k = 0; k < n; k++) {
             T *x[R];
             UNROLL for (int r = 0; r < R; r++) {
-                x[r] = r ? x[r - 1] + row : slab + e[k].position;
+                x[r] = r ? x[r - 1] + row : slab + position_of(e[k]);
                 OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
             }
-            const V<T> g = splat(e[k].value);
+            const V<T> g = splat_value(e[k]);
             UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int v = 0; v < C * N; v++) acc[r][v] += g * load(x[r] + v * L);
+                UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = add_product_with_entry<T>(acc[r][v], g, load(x[r] + v * L));
         }
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) store(dw + r * dw_row + v * L, acc[r][v]);
     }
 
     // dx[position] += value * w, with w in registers
-    static void add_to_input(long n, const Entry<T> *e, T *slab, long row, T *weights, long w_row, bool) {
+    static void add_to_input(long n, const EntryOf<T> *e, T *slab, long row, T *weights, long w_row, bool) {
         V<T> w[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) w[r][v] = load(weights + r * w_row + v * L);
         for (long k = 0; k < n; k++) {
             T *x[R];
             UNROLL for (int r = 0; r < R; r++) {
-                x[r] = r ? x[r - 1] + row : slab + e[k].position;
+                x[r] = r ? x[r - 1] + row : slab + position_of(e[k]);
                 OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
             }
-            const V<T> g = splat(e[k].value);
+            const V<T> g = splat_value(e[k]);
             UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int v = 0; v < C * N; v++) store(x[r] + v * L, load(x[r] + v * L) + g * w[r][v]);
+                UNROLL for (int v = 0; v < C * N; v++) store(x[r] + v * L, add_product_with_entry<T>(load(x[r] + v * L), g, w[r][v]));
         }
     }
 };
@@ -412,7 +461,7 @@ constexpr int MAX_TAPS = 3;
 constexpr bool has_taps(int r, int c, int n) { return r * c * n <= (REGISTERS == 32 ? 24 : 12); }
 
 template <class T> struct TapTiles {
-    typedef void (*Tile)(long, const Entry<T> *, T *, long, T *, long, bool);
+    typedef void (*Tile)(long, const EntryOf<T> *, T *, long, T *, long, bool);
     Tile weights[MAX_TAPS][MAX_TAPS][4] = {}, input[MAX_TAPS][MAX_TAPS][4] = {};
     template <int R, int C, int LOG> constexpr void fill() {
         if constexpr (has_taps(R, C, 1 << LOG)) {
@@ -429,7 +478,7 @@ template <class T> constexpr TapTiles<T> tap_tiles;
 
 // All taps of a list, as many at once as the registers hold. w: (taps, width).
 template <class T>
-INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[MAX_TAPS][4], long n, const Entry<T> *e, T *slab, T *w,
+INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[MAX_TAPS][4], long n, const EntryOf<T> *e, T *slab, T *w,
                      bool fresh) {
     const int lanes = Vec<T>::lanes, vectors = (int)(s.width / lanes), log = __builtin_ctz(vectors);
     const long column = s.dilation[1] * s.width, row = s.dilation[0] * s.row;
@@ -445,13 +494,13 @@ INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[M
 }
 
 // Calls f(output channel, n, its entries) for each list of some images of a band. The next lists are fetched meanwhile.
-template <class T, class F>
-INLINE void for_lists(const Slabs &s, const Entry<T> *entries, const int32_t *starts, long span, long list, F f) {
+template <class E, class F>
+INLINE void for_lists(const Slabs &s, const E *entries, const int32_t *starts, long span, long list, F f) {
     const long lists = s.bands * (s.span * IMAGES / s.group);
     for (long o = 0; o < s.out_channels; o++) {
         const long plane = span * s.out_channels + o;
         const int32_t *start = starts + plane * (lists + 1) + list;
-        const Entry<T> *e = entries + plane * (s.capacity + IMAGES);
+        const E *e = entries + plane * (s.capacity + IMAGES);
         if (o + 2 < s.out_channels) {
             const char *next = (const char *)(e + 2 * (s.capacity + IMAGES) + start[2 * (lists + 1)]);
             __builtin_prefetch(next), __builtin_prefetch(next + 64);
@@ -463,8 +512,8 @@ INLINE void for_lists(const Slabs &s, const Entry<T> *entries, const int32_t *st
 // One task: `width` channels of the blocks of one of `parts` runs of spans. dw (channel groups, out_channels, taps,
 // width), or, with row, (out_channels, row): one tap, whose channel groups lie side by side.
 template <class T>
-void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
-                          T *dw, long row, T *slab) {
+INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const EntryOf<T> *entries, const int32_t *starts, long task,
+                               long parts, T *dw, long row, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
     const long group = task / parts, part = task % parts, spans = (s.blocks + s.span - 1) / s.span;
@@ -475,19 +524,25 @@ void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries
         const long first = span * s.span, blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
         __builtin_memset(slab, 0, blocks * IMAGES * s.image * sizeof(T));
         for (long band = 0; band < s.bands; band++) {
-            read_slab(s, x, first, blocks, group * s.width, band, slab);
+            read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
             for (long g = 0; g < s.span * IMAGES / s.group; g++, fresh = false)
-                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const Entry<T> *e) {
+                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e) {
                     if (n || fresh) all_taps(s, tap_tiles<T>.weights, n, e, slab, dw + o * size, fresh);
                 });
         }
     }
 }
 
+template <class T>
+void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
+                          T *dw, long row, T *slab) {
+    weight_gradient_of<T>(slabs, x, 0, entries, starts, task, parts, dw, row, slab);
+}
+
 // One task: `width` channels of the blocks of one span. weights as dw above.
 template <class T>
-void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task, const T *weights,
-                         long row, const T *base, bool accumulate, T *slab) {
+INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scale, const EntryOf<T> *entries, const int32_t *starts,
+                              long task, const T *weights, long row, const Result<T> *base, bool accumulate, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
     const long spans = (s.blocks + s.span - 1) / s.span, group = task / spans, span = task % spans;
@@ -502,20 +557,26 @@ void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries
                 __builtin_memset(slab + i * s.image + shared * s.row, 0, (s.image - shared * s.row) * sizeof(T));
         }
         for (long g = 0; g < s.span * IMAGES / s.group; g++)
-            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const Entry<T> *e) {
+            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e) {
                 if (n) all_taps(s, tap_tiles<T>.input, n, e, slab, (T *)weights + o * size, false);
             });
-        write_slab(s, dx, first, blocks, group * s.width, band, slab, base, accumulate);
+        write_slab(s, dx, scale, first, blocks, group * s.width, band, slab, base, accumulate);
     }
 }
 
-// Weights (out, channels, taps) to (channel groups, out, taps, width), zero past the last channel, rows [begin, end)
 template <class T>
-void pack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed) {
+void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task, const T *weights,
+                         long row, const T *base, bool accumulate, T *slab) {
+    input_gradient_of<T>(slabs, dx, 1, entries, starts, task, weights, row, base, accumulate, slab);
+}
+
+// Weights (out, channels, taps) to (channel groups, out, taps, width), zero past the last channel, rows [begin, end)
+template <class T, class W>
+void pack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, const W *weights, T *packed) {
     for (long o = begin; o < end; o++)
         for (long g = 0; g * width < channels; g++) {
             const long real = channels - g * width < width ? channels - g * width : width;
-            const T *in = weights + (o * channels + g * width) * taps;
+            const W *in = weights + (o * channels + g * width) * taps;
             T *out = packed + (g * rows + o) * taps * width;
             for (long t = 0; t < taps; t++) {
                 for (long c = 0; c < real; c++) out[t * width + c] = in[c * taps + t];
@@ -526,19 +587,24 @@ void pack_slab_weights(long begin, long end, long rows, long channels, long taps
 
 // And back: grad (+)= the sum of `parts` packed gradients, each of n values
 template <class T>
-void unpack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, long parts, long n, const T *packed,
-                         T *grad, bool accumulate) {
+INLINE void unpack_weights_of(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
+                              const T *packed, float scale, Result<T> *grad, bool accumulate) {
+    typedef Result<T> R;
     FlushToZero flush;
+    const auto part = [=](const T *p) INLINE_MEMBER -> V<R> {
+        if constexpr (whole_numbers<T>) return __builtin_convertvector(load(p), V<R>) * scale;
+        else return load(p);
+    };
     for (long o = begin; o < end; o++)
         for (long g = 0; g * width < channels; g++) {
             const long real = channels - g * width < width ? channels - g * width : width;
             const T *in = packed + (g * rows + o) * taps * width;
-            T *out = grad + (o * channels + g * width) * taps;
+            R *out = grad + (o * channels + g * width) * taps;
             for (long t = 0; t < taps; t++)
                 for (long v = 0; v < width; v += Vec<T>::lanes) {
-                    V<T> total = load(in + t * width + v);
-                    for (long p = 1; p < parts; p++) total += load(in + p * n + t * width + v);
-                    T sums[Vec<T>::lanes];
+                    V<R> total = part(in + t * width + v);
+                    for (long p = 1; p < parts; p++) total += part(in + p * n + t * width + v);
+                    R sums[Vec<T>::lanes];
                     store(sums, total);
                     const long stop = real - v < Vec<T>::lanes ? real - v : Vec<T>::lanes;
                     if (accumulate)
@@ -547,4 +613,10 @@ void unpack_slab_weights(long begin, long end, long rows, long channels, long ta
                         for (long c = 0; c < stop; c++) out[(v + c) * taps + t] = sums[c];
                 }
         }
+}
+
+template <class T>
+void unpack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, long parts, long n, const T *packed,
+                         T *grad, bool accumulate) {
+    unpack_weights_of<T>(begin, end, rows, channels, taps, width, parts, n, packed, 1, grad, accumulate);
 }

@@ -35,6 +35,7 @@ cdef class SlabPlan:
     span = property(lambda self: (<SlabPlan>self).s.span)
     group = property(lambda self: (<SlabPlan>self).s.group)
     bands = property(lambda self: (<SlabPlan>self).s.bands)
+    positions = property(lambda self: (<SlabPlan>self).slab())
 
     cdef long slab(self):
         """Elements of a slab."""
@@ -80,6 +81,22 @@ cdef class Entries:
             give_back(f"entries of {self.plan.s.blocks} blocks", self.entries)
             give_back(f"starts of {self.plan.s.blocks} blocks", self.starts)
 
+    cdef int make(self, SlabPlan plan, dtype, long bytes) except -1:
+        """Memory for entries of so many bytes each."""
+        self.plan, self.dtype = plan, np.dtype(dtype)
+        self.entries = borrow(f"entries of {plan.s.blocks} blocks", plan.planes * (plan.s.capacity + 16) * bytes)
+        self.starts = borrow(f"starts of {plan.s.blocks} blocks", plan.planes * (plan.lists + 1) * sizeof(int32_t))
+        return 0
+
+    cdef int count(self, const int64_t[::1] clipped) noexcept:
+        """Take nnz from `starts`, and what was clipped."""
+        cdef long plane
+        cdef const int32_t *starts = <const int32_t *>self.starts.data
+        for plane in range(self.plan.planes):
+            self.nnz += starts[plane * (self.plan.lists + 1) + self.plan.lists]
+            self.clipped += clipped[plane]
+        return 0
+
     def to_lists(self):
         """[(span, output channel, list, positions, values)] of the lists that are not empty, for tests."""
         cdef:
@@ -87,7 +104,13 @@ cdef class Entries:
             int32_t[:, ::1] starts = np.frombuffer(
                 self.starts.raw, np.int32, self.plan.planes * (self.plan.lists + 1)).reshape(self.plan.planes, -1)
         kind = np.dtype([("position", np.int32), ("value", self.dtype)], align=True)
-        entries = np.frombuffer(self.entries.raw, kind, self.plan.planes * (self.plan.s.capacity + 16))
+        room = self.plan.planes * (self.plan.s.capacity + 16)
+        if self.dtype == np.int8:
+            bits = np.frombuffer(self.entries.raw, np.int32, room)
+            entries = np.empty(room, kind)
+            entries["position"], entries["value"] = bits >> 8, bits.astype(np.int8)
+        else:
+            entries = np.frombuffer(self.entries.raw, kind, room)
         found = []
         for plane in range(self.plan.planes):
             for i in range(self.plan.lists):
@@ -102,7 +125,7 @@ cdef class Entries:
 cdef Sparsifier[floating] sparsifier(SlabPlan p, int kind, double step, long limit, uint64_t seed, const floating[:, :, ::1] base,
                                      const floating[:, :, :, ::1] chosen, const floating[:, ::1] thresholds) except *:
     cdef Sparsifier[floating] how
-    how.kind, how.step, how.limit, how.seed = kind, <floating>step, limit, seed
+    how.kind, how.step, how.unit, how.limit, how.seed = kind, <floating>step, <floating>step, limit, seed
     how.base = NULL
     how.chosen = NULL
     how.thresholds = NULL
@@ -130,7 +153,7 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
         Sparsifier[floating] how = sparsifier[floating](plan, kind, step, limit, seed, base, chosen, thresholds)
         View[floating] g = view(dy)
         Entries out = Entries()
-        long n = plan.planes, c, lists = plan.lists
+        long n = plan.planes, c
         int threads = team(n, 2. * n * plan.s.capacity)
         long chunks = chunks_of(n, threads)
         long each = 16 * (plan.s.capacity // plan.s.span // 16 + 16)
@@ -140,18 +163,13 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
         int32_t *starts
         int64_t[::1] clipped = np.empty(n, np.int64)
         int64_t *clips = &clipped[0]
-        long plane
-    out.plan, out.dtype = plan, np.dtype(np.float32 if sizeof(floating) == 4 else np.float64)
-    out.entries = borrow(f"entries of {plan.s.blocks} blocks", n * (plan.s.capacity + 16) * sizeof(Entry[floating]))
-    out.starts = borrow(f"starts of {plan.s.blocks} blocks", n * (lists + 1) * sizeof(int32_t))
+    out.make(plan, np.float32 if sizeof(floating) == 4 else np.float64, sizeof(Entry[floating]))
     e, starts = <Entry[floating] *>out.entries.data, <int32_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
                          s + each * threadid())
     give_back("scratch", scratch)
-    for plane in range(n):
-        out.nnz += starts[plane * (lists + 1) + lists]
-        out.clipped += clipped[plane]
+    out.count(clipped)
     return out
 
 

@@ -1,5 +1,19 @@
 // The vector vocabulary: one register of VEC_BYTES and plain operators on it.
 // a * b + c becomes one FMA where the instruction set has it (-ffp-contract=fast).
+#if defined(__AVX512F__)
+#define VEC_BYTES 64
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define VEC_BYTES 32
+#define REGISTERS 16
+#elif defined(__aarch64__)
+#define VEC_BYTES 16
+#define REGISTERS 32
+#else
+#define VEC_BYTES 16
+#define REGISTERS 16
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
@@ -89,6 +103,44 @@ template <class T> INLINE void transpose(V<T> *v) {
                 v[2 * i + 1] = SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
     }
+}
+
+// ---- whole numbers, exact on every instruction set
+
+template <class T> constexpr bool whole_numbers = false;
+template <> constexpr bool whole_numbers<int32_t> = true;
+// What arrays of the kernels' results hold: floats where the sums are whole numbers.
+template <class T> struct Results { typedef T type; };
+template <> struct Results<int32_t> { typedef float type; };
+template <class T> using Result = typename Results<T>::type;
+
+// sum + a * b, in each lane of 32 bits the products of two numbers of 16 bits
+INLINE V<int32_t> add_products_of_two(V<int32_t> sum, V<int32_t> a, V<int32_t> b) {
+#if defined(__AVX512VNNI__)
+    return (V<int32_t>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (V<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (V<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (V<int32_t>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// The same of four numbers of 8 bits, those of x from 0 to 255 and those of w from -128 to 127
+INLINE V<int32_t> add_products_of_four(V<int32_t> sum, V<int32_t> x, V<int32_t> w) {
+#if defined(__AVX512VNNI__)
+    return (V<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#else
+    // The even and the odd bytes as numbers of 16 bits
+    typedef int16_t shorts __attribute__((vector_size(VEC_BYTES)));
+    typedef uint16_t positive __attribute__((vector_size(VEC_BYTES)));
+    const V<int32_t> even_x = x & 0x00ff00ff, odd_x = (V<int32_t>)((positive)x >> 8);
+    const V<int32_t> even_w = (V<int32_t>)((shorts)((positive)w << 8) >> 8), odd_w = (V<int32_t>)((shorts)w >> 8);
+    return add_products_of_two(add_products_of_two(sum, even_x, even_w), odd_x, odd_w);
+#endif
 }
 
 // Subnormals cost up to 2x on Zen 5 and appear by themselves in sparse training. The flag belongs to

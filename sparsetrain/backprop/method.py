@@ -55,6 +55,10 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define select(layer, x, geometry, dy)")
 
+    def forward(self, x, weight, bias, geometry, halo, relu):
+        """(y, what backward() takes as x) of a layer, as of ops.conv2d()."""
+        return ops.conv2d(x, weight, bias, geometry, halo, relu), x
+
     def after(self, layer, dy, used):
         """Called after each backward pass with what it used, a sparse_gradient.Used (None: all was used)."""
 
@@ -158,6 +162,10 @@ class Layer:
     def seed(self):
         """A number of 64 bits for this pass."""
         return hash((self.method.seed, self.index, self.passes)) & (1 << 64) - 1
+
+    def forward(self, x, weight, bias, geometry, halo, relu):
+        """(y, what backward() takes as x), as of ops.conv2d()."""
+        return self.method.forward(x, weight, bias, geometry, halo, relu)
 
     def backward(self, x, weight, bias, geometry, dy, halo, into=None):
         """dx, as of ops.conv2d_backward()."""

@@ -1,7 +1,7 @@
 """The convolution layer."""
 
-from sparsetrain import checks, ops, plans
-from sparsetrain.nn.linear import uniform
+from sparsetrain import checks, plans
+from sparsetrain.nn import weighted
 from sparsetrain.nn.module import Module, check_input
 
 
@@ -31,8 +31,8 @@ class Conv2d(Module):
         self.halo, self.grad_halo = self.padding, self.geometry.grad_halo(self.kernel_size)
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         fan_in = shape[1] * shape[2] * shape[3]
-        self.weight = uniform(shape, fan_in)
-        self.bias = uniform((out_channels,), fan_in) if bias else None
+        self.weight = weighted.uniform(shape, fan_in)
+        self.bias = weighted.uniform((out_channels,), fan_in) if bias else None
 
     def check(self, x):
         """ValueError or TypeError unless x can be convolved."""
@@ -45,15 +45,7 @@ class Conv2d(Module):
 
     def forward(self, x, halo, relu=False):
         self.check(x)
-        y = ops.conv2d(x, self.weight, self.bias, self.geometry, halo, relu)
-
-        def backward(dy, halo, into=None):
-            if relu:
-                dy = ops.relu_backward(y, dy, self.grad_halo)
-            back = ops.conv2d_backward if self.backprop is None else self.backprop.backward
-            return back(x, self.weight, self.bias, self.geometry, dy, halo, into)
-
-        return y, backward
+        return weighted.run(self, x, self.geometry, halo, relu)
 
     def _arguments(self):
         parts = [f"{self.in_channels}, {self.out_channels}, {self.kernel_size}"]

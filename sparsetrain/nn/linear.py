@@ -1,16 +1,8 @@
 """The fully connected layer."""
 
-import math
-
-from sparsetrain import checks, ops, plans, rng
+from sparsetrain import checks, plans
+from sparsetrain.nn import weighted
 from sparsetrain.nn.module import Module, check_input
-from sparsetrain.sparse import Parameter
-
-
-def uniform(shape, fan_in):
-    """A float32 Parameter uniform within +-1 / sqrt(fan_in), PyTorch's default for weights and biases."""
-    bound = 1 / math.sqrt(fan_in) if fan_in else 0
-    return Parameter(rng.generator().uniform(-bound, bound, shape).astype("float32"))
 
 
 class Linear(Module):
@@ -26,20 +18,12 @@ class Linear(Module):
     def __init__(self, in_features, out_features, bias=True):
         self.in_features = checks.integer("in_features", in_features, low=1)
         self.out_features = checks.integer("out_features", out_features, low=1)
-        self.weight = uniform((out_features, in_features), in_features)
-        self.bias = uniform((out_features,), in_features) if bias else None
+        self.weight = weighted.uniform((out_features, in_features), in_features)
+        self.bias = weighted.uniform((out_features,), in_features) if bias else None
 
     def forward(self, x, halo, relu=False):
         check_input(x, self.weight, 2, self.in_features, f"(N, {self.in_features}); nn.Flatten() makes it so")
-        y = ops.conv2d(x, self.weight, self.bias, plans.Geometry(), halo, relu)
-
-        def backward(dy, halo, into=None):
-            if relu:
-                dy = ops.relu_backward(y, dy, self.grad_halo)
-            back = ops.conv2d_backward if self.backprop is None else self.backprop.backward
-            return back(x, self.weight, self.bias, plans.Geometry(), dy, halo, into)
-
-        return y, backward
+        return weighted.run(self, x, plans.Geometry(), halo, relu)
 
     def _arguments(self):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
