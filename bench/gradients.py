@@ -13,7 +13,7 @@ import race
 from sparsetrain.bench import shapes
 
 DENSE = ("torch", "torch-channels-last")
-METHODS = ("dithered", "resprop", "mem-aop", "top-k")
+METHODS = ("dithered", "dithered-8-bit", "resprop", "mem-aop", "top-k")
 
 
 def main():

@@ -24,6 +24,7 @@ from subject import Unsupported
 PEERS = {
     "sparsetrain": "sparsetrain_peer",
     "dithered": "sparsetrain_peer",
+    "dithered-8-bit": "sparsetrain_peer",
     "resprop": "sparsetrain_peer",
     "mem-aop": "sparsetrain_peer",
     "top-k": "sparsetrain_peer",

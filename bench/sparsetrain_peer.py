@@ -83,11 +83,13 @@ def _method(peer, case):
     """The method of backprop that a peer stands for, leaving out the share case["sparsity"] of the values; None if
     none."""
     zeros = case["sparsity"]
-    if "net" in case and peer == "dithered":
-        return backprop.Dithered(sparsity=zeros)
+    precision = 8 if peer == "dithered-8-bit" else None
+    if "net" in case and peer.startswith("dithered"):
+        return backprop.Dithered(sparsity=zeros, precision=precision)
     return {
         "sparsetrain": lambda: None,
         "dithered": lambda: backprop.Dithered(s=_dither_step(zeros)),
+        "dithered-8-bit": lambda: backprop.Dithered(s=_dither_step(zeros), precision=8),
         "resprop": lambda: backprop.ReSprop(reuse=min(zeros + MARGIN, 0.999), control="quantile"),
         "mem-aop": lambda: backprop.MemAOP(k=1 - zeros, memory=case.get("memory", False)),
         "top-k": lambda: backprop.TopK(k=1 - zeros),

@@ -41,7 +41,7 @@ class Row:
     number a channel is left out. None if unknown: a layer that is not of this package.
     least_seconds: what the roofline allows for them, and level, the memory that holds the bytes; None without bytes.
     kernel: "", "sparse", or "dense, N at once" for so many output channels, with "bands" before it where the pass runs
-    band by band; "dense, features at once" needs no plan. plans: of each product, and each phase of a strided one, as
+    band by band and "8 bits" where products are of bytes; "dense, features at once" needs no plan. plans: of each product, and each phase of a strided one, as
     _described(). bands: {"run", "rows",
     "tasks"}, output rows of a task and of a band. fused: what else the pass does, in words.
     """
@@ -229,6 +229,7 @@ class _Pass:
     module: object
     seconds: list
     operations: int = 0
+    rate: int = 1  # of operations, in multiples of float32's
     bytes: int | None = None
     kernel: str = ""
     plans: list = field(default_factory=list)
@@ -294,6 +295,7 @@ class _Gathered:
             taken = seconds(product["start"], product["end"]) + (rest if first else 0.0)
             found = self._add(module, product["kind"], taken, product["bytes"] + (sum(others) if first else 0))
             found.operations += product["operations"]
+            found.rate = product["rate"]
             found.kernel, found.bands = product["kernel"], product["bands"]
             found.plans += product["plans"]
             found.fused += self._fused(module, product)
@@ -330,7 +332,7 @@ class _Gathered:
             p = self.passes[name, part]
             least = level = None
             if p.bytes:
-                least, level = analysis.least_seconds(limits, p.operations, p.bytes)
+                least, level = analysis.least_seconds(limits, p.operations / p.rate, p.bytes)
             if p.bytes == 0 and p.fused and not p.plans:
                 p.fused.append("runs in the convolutions around it")
             median, kind, fused = statistics.median(p.seconds), type(p.module).__name__, "; ".join(p.fused)
@@ -351,13 +353,16 @@ def _work(run):
     if run.entries is not None:
         operations = 2 * run.entries.nnz * math.prod(weight.shape[1:])
         zeros = 1 - run.entries.nnz / (n * rows * height * width)
+        eight = "8 bits, " if run.entries.dtype == np.int8 else ""
         return {
             "operations": operations,
+            "rate": 1,
             "bytes": size,
-            "kernel": f"skips {zeros:.0%} of dy",
+            "kernel": f"{eight}skips {zeros:.0%} of dy",
             "bands": None,
             "plans": [],
         }
+    eight = bool(run.read) and run.read[0].dtype == np.int32
     bands, plans = None, [(run.kind, plan) for plan in run.plans]
     if run.plans and isinstance(run.plans[0], core.BandPlan):
         (plan,) = run.plans
@@ -369,8 +374,9 @@ def _work(run):
     kind = f"dense, {at_once} at once" if at_once > 1 else "sparse" if plans else "dense, features at once"
     return {
         "operations": operations,
+        "rate": 4 if eight and core.get_isa() == "avx512" and core.get_vnni() else 1,  # four bytes for one float
         "bytes": size,
-        "kernel": f"{'bands ' if bands else ''}{kind}",
+        "kernel": f"{'8 bits, ' if eight else ''}{'bands ' if bands else ''}{kind}",
         "bands": bands,
         "plans": [_described(product, plan) for product, plan in plans],
     }
