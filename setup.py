@@ -54,7 +54,10 @@ core = Extension(
     language="c++",
     include_dirs=[HERE],
     depends=glob(f"{HERE}/*.hh")
-    + [f"{HERE}/{name}" for name in ("kernels.cc", "int8.cc", "core.pyx", "sparse_gradient.pxi", "int8.pxi", "kernels.pxd")],
+    + [
+        f"{HERE}/{name}"
+        for name in ("kernels.cc", "int8.cc", "core.pyx", "sparse_gradient.pxi", "int8.pxi", "kernels.pxd")
+    ],
     extra_compile_args=["-std=c++20", "-O2", *OPENMP],
     extra_link_args=OPENMP,
 )

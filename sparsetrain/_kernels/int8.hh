@@ -109,8 +109,13 @@ static void round_weights(long begin, long end, const int32_t *indptr, const int
     }
 }
 
+static void int8_weight_gradient(const Slabs *slabs, View<int32_t> x, int zero, const PackedEntry *entries, const int32_t *starts,
+                                 long task, long parts, int32_t *dw, long row, int32_t *slab) {
+    weight_gradient_of<int32_t>(slabs, x, zero, entries, starts, task, parts, dw, row, 0, slab);
+}
+
 constexpr Int8Kernels int8_kernels = {
     .find_range = find_range, .to_quads = to_quads, .from_quads = from_quads, .round_weights = round_weights,
-    .spmm = spmm<int32_t>, .compress = compress<float, PackedEntry>, .weight_gradient = weight_gradient_of<int32_t>,
+    .spmm = spmm<int32_t>, .compress = compress<float, PackedEntry>, .weight_gradient = int8_weight_gradient,
     .input_gradient = input_gradient_of<int32_t>, .pack_weights = pack_slab_weights<int32_t, int8_t>,
     .unpack_weights = unpack_weights_of<int32_t>};

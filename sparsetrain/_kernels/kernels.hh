@@ -165,7 +165,7 @@ template <class T> struct Kernels {
     void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);
     void (*square_norms)(Shape, View<T> x, T *norms, long begin, long end);
     void (*slab_weight_gradient)(const Slabs *, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
-                                 T *dw, long row, T *slab);
+                                 T *dw, long row, bool same_positions, T *slab);
     void (*slab_input_gradient)(const Slabs *, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task,
                                 const T *weights, long row, const T *base, bool accumulate, T *slab);
     void (*pack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed);

@@ -129,7 +129,7 @@ cdef extern from "dispatch.hh" nogil:
     void sum_images[T](Shape, View[T], T *, long, long)
     void remember[T](Shape, View[T], View[T], long, T, const T *, T *, long, long)
     void square_norms[T](Shape, View[T], T *, long, long)
-    void slab_weight_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, long, T *, long, T *)
+    void slab_weight_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, long, T *, long, bint, T *)
     void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, const T *, long, const T *,
                                 bint, T *)
     void pack_slab_weights[T](long, long, long, long, long, long, const T *, T *)

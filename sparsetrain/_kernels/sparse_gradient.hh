@@ -17,6 +17,13 @@ template <class T> struct ImageValues {
 template <class T> using Values = typename ImageValues<T>::values;  // one of each image of a block
 typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t))));
 typedef int32_t Ints __attribute__((vector_size(IMAGES * sizeof(int32_t))));
+template <class T> struct Patterns { typedef int32_t type; };
+template <> struct Patterns<double> { typedef int64_t type; };
+// The bits of values: none is set in +0, one in -0.
+template <class T> struct ImageBits {
+    typedef typename Patterns<T>::type values __attribute__((vector_size(IMAGES * sizeof(T))));
+};
+template <class T> INLINE typename ImageBits<T>::values bits_of(const Values<T> &v) { return (typename ImageBits<T>::values)v; }
 constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The largest whole number that is not above v; v itself where it is so large that it is whole.
@@ -34,6 +41,7 @@ template <class T> INLINE Values<T> real_images(long block, long images) {
 }
 
 // Calls f(row, column, the 16 values that are used) for the pixels of some rows of a channel; returns how many were clipped.
+// +0 is not used. Where pixels are chosen a zero among them is -0, so that all channels use the same ones.
 template <class T, class F>
 INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, long block, long channel, long begin, long end, F f) {
     const long width = s.out_width, first = channel * s.out_height * width;
@@ -72,7 +80,13 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
         for (long c = 0; c < width; c++) {
             Values<T> v = *(const Values<T> *)(g + c * IMAGES);
             if (base) v -= base[c] * real;
-            if (chosen) v *= *(const Values<T> *)(chosen + c * IMAGES);
+            if (chosen) {
+                const Values<T> factor = *(const Values<T> *)(chosen + c * IMAGES);
+                v *= factor;
+                v = v == 0 ? -Values<T>{} : v;
+                f(r, c, factor == 0 ? Values<T>{} : v);
+                continue;
+            }
             f(r, c, (v <= threshold) & (v >= -threshold) ? Values<T>{} : v);  // NaN is used: it must show
         }
     }
@@ -98,13 +112,13 @@ template <class T> INLINE V<T> add_product_with_entry(V<T> sum, V<T> value, V<T>
     else return sum + value * x;
 }
 
-// Writes those of 16 entries whose value is not zero, and anything after them up to out[16]; returns how many they are.
+// Writes those of 16 entries whose value is not +0, and anything after them up to out[16]; returns how many they are.
 template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, const Ints &position) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
         typedef float floats __attribute__((vector_size(64)));
         typedef int32_t ints __attribute__((vector_size(64)));
-        const uint16_t kept = (uint16_t)__builtin_ia32_cmpps512_mask((floats)value, floats{}, 4, (uint16_t)-1, 4);
+        const uint16_t kept = (uint16_t)_mm512_test_epi32_mask((__m512i)value, (__m512i)value);
         const ints v = (ints)__builtin_ia32_compresssf512_mask((floats)value, floats{}, kept);
         const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)position, ints{}, kept);
         const ints low = SHUFFLE(p, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -114,10 +128,11 @@ template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, con
         return __builtin_popcount(kept);
     }
 #endif
+    const auto bits = bits_of<T>(value);
     long n = 0;
     for (long i = 0; i < IMAGES; i++) {  // without a branch, which would be foreseen in few cases
         out[n].position = position[i], out[n].value = value[i];
-        n += value[i] != 0;
+        n += bits[i] != 0;
     }
     return n;
 }
@@ -229,7 +244,7 @@ void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> 
         clipped[plane] = used_values(*slabs, *how, dy, block, channel, 0, slabs->out_height, [&](long r, long c, const Values<T> &v) {
             const long place = (channel * slabs->out_height + r) * slabs->out_width + c;
             *(Values<T> *)(pixel_row(out, block, channel, r) + c * IMAGES) = how->base ? v + how->base[place] * real : v;
-            n += v != 0 ? Values<T>{} + 1 : Values<T>{};
+            n += bits_of<T>(v) != 0 ? Values<T>{} + 1 : Values<T>{};
         });
         counts[plane] = 0;
         for (long i = 0; i < IMAGES; i++) counts[plane] += (int64_t)n[i];
@@ -456,18 +471,43 @@ template <int R, int C, int N, class T> struct Taps {
     }
 };
 
+// dw += value * x[position] for a row of C taps and CHANNELS output channels whose lists have the same positions and lie
+// `list` entries apart: a load of x serves all of them. dw of the next channel is `size` further.
+enum { CHANNELS = 4 };
+template <int C, int N, class T>
+void add_rows_to_weights(long n, const Entry<T> *e, long list, const T *slab, T *dw, long size, bool fresh) {
+    constexpr int L = Vec<T>::lanes;
+    V<T> acc[CHANNELS][C * N];
+    UNROLL for (int o = 0; o < CHANNELS; o++)
+        UNROLL for (int v = 0; v < C * N; v++) acc[o][v] = fresh ? V<T>{} : load(dw + o * size + v * L);
+    for (long k = 0; k < n; k++, e++) {
+        const T *x = slab + e->position;
+        V<T> g[CHANNELS];
+        UNROLL for (int o = 0; o < CHANNELS; o++) g[o] = splat(e[o * list].value);
+        UNROLL for (int v = 0; v < C * N; v++) {
+            const V<T> here = load(x + v * L);
+            UNROLL for (int o = 0; o < CHANNELS; o++) acc[o][v] += g[o] * here;
+        }
+    }
+    UNROLL for (int o = 0; o < CHANNELS; o++)
+        UNROLL for (int v = 0; v < C * N; v++) store(dw + o * size + v * L, acc[o][v]);
+}
+
 // Which are compiled: those that the registers hold. 3x3 taps of one or two registers each, one tap of up to eight.
 constexpr int MAX_TAPS = 3;
 constexpr bool has_taps(int r, int c, int n) { return r * c * n <= (REGISTERS == 32 ? 24 : 12); }
 
 template <class T> struct TapTiles {
     typedef void (*Tile)(long, const EntryOf<T> *, T *, long, T *, long, bool);
+    typedef void (*Rows)(long, const Entry<T> *, long, const T *, T *, long, bool);
     Tile weights[MAX_TAPS][MAX_TAPS][4] = {}, input[MAX_TAPS][MAX_TAPS][4] = {};
+    Rows rows[MAX_TAPS][4] = {};
     template <int R, int C, int LOG> constexpr void fill() {
         if constexpr (has_taps(R, C, 1 << LOG)) {
             weights[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T>::add_to_weights;
             input[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T>::add_to_input;
         }
+        if constexpr (!whole_numbers<T> && R == 1 && has_taps(CHANNELS, C, 1 << LOG)) rows[C - 1][LOG] = add_rows_to_weights<C, 1 << LOG, T>;
         if constexpr (LOG < 3) fill<R, C, LOG + 1>();
         else if constexpr (C < MAX_TAPS) fill<R, C + 1, 0>();
         else if constexpr (R < MAX_TAPS) fill<R + 1, 1, 0>();
@@ -493,6 +533,24 @@ INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[M
         }
 }
 
+// The same for CHANNELS channels whose lists have the same positions: a row of taps at a time, as many columns, or else
+// vectors of one, as the registers hold.
+template <class T>
+INLINE void all_rows(const Slabs &s, long n, const Entry<T> *e, const T *slab, T *w, long size, bool fresh) {
+    constexpr int L = Vec<T>::lanes;
+    int columns = s.dilation[1] > 1 ? 1 : s.kernel[1] < MAX_TAPS ? (int)s.kernel[1] : MAX_TAPS, log = __builtin_ctz((int)(s.width / L));
+    while (columns > 1 && !has_taps(CHANNELS, columns, 1 << log)) columns--;
+    while (!has_taps(CHANNELS, columns, 1 << log)) log--;
+    for (long k = 0; k < s.kernel[0]; k++)
+        for (long l = 0; l < s.kernel[1]; l += columns)
+            for (long v = 0; v < s.width; v += columns == 1 ? L << log : s.width) {
+                const long c = s.kernel[1] - l < columns ? s.kernel[1] - l : columns;
+                tap_tiles<T>.rows[c - 1][log](n, e, s.capacity + IMAGES,
+                                              slab + k * s.dilation[0] * s.row + l * s.dilation[1] * s.width + v,
+                                              w + (k * s.kernel[1] + l) * s.width + v, size, fresh);
+            }
+}
+
 // Calls f(output channel, n, its entries) for each list of some images of a band. The next lists are fetched meanwhile.
 template <class E, class F>
 INLINE void for_lists(const Slabs &s, const E *entries, const int32_t *starts, long span, long list, F f) {
@@ -509,11 +567,12 @@ INLINE void for_lists(const Slabs &s, const E *entries, const int32_t *starts, l
     }
 }
 
-// One task: `width` channels of the blocks of one of `parts` runs of spans. dw (channel groups, out_channels, taps,
+// One task: `width` channels of the blocks of one of `parts` runs of spans. together: the lists of so many output channels, a
+// multiple of CHANNELS, have the same positions. dw (channel groups, out_channels, taps,
 // width), or, with row, (out_channels, row): one tap, whose channel groups lie side by side.
 template <class T>
 INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const EntryOf<T> *entries, const int32_t *starts, long task,
-                               long parts, T *dw, long row, T *slab) {
+                               long parts, T *dw, long row, long together, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
     const long group = task / parts, part = task % parts, spans = (s.blocks + s.span - 1) / s.span;
@@ -527,6 +586,11 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
             read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
             for (long g = 0; g < s.span * IMAGES / s.group; g++, fresh = false)
                 for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e) {
+                    if constexpr (!whole_numbers<T>)
+                        if (o < together) {
+                            if (o % CHANNELS == 0 && (n || fresh)) all_rows(s, n, e, slab, dw + o * size, size, fresh);
+                            return;
+                        }
                     if (n || fresh) all_taps(s, tap_tiles<T>.weights, n, e, slab, dw + o * size, fresh);
                 });
         }
@@ -535,8 +599,9 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
 
 template <class T>
 void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
-                          T *dw, long row, T *slab) {
-    weight_gradient_of<T>(slabs, x, 0, entries, starts, task, parts, dw, row, slab);
+                          T *dw, long row, bool same_positions, T *slab) {
+    const long together = same_positions ? slabs->out_channels / CHANNELS * CHANNELS : 0;
+    weight_gradient_of<T>(slabs, x, 0, entries, starts, task, parts, dw, row, together, slab);
 }
 
 // One task: `width` channels of the blocks of one span. weights as dw above.

@@ -68,10 +68,12 @@ cdef int fits(SlabPlan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy)
 cdef class Entries:
     """The values of an output gradient that are not zero, in lists as a SlabPlan says.
 
-    nnz: how many they are; clipped: how many were too large for the limit.
+    nnz: how many they are; clipped: how many were too large for the limit; same_positions: whether pixels were chosen,
+    all of which all channels have.
     """
     cdef:
         readonly SlabPlan plan
+        readonly bint same_positions
         readonly long nnz, clipped
         readonly object dtype
         Buffer entries, starts
@@ -164,6 +166,7 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
         int64_t[::1] clipped = np.empty(n, np.int64)
         int64_t *clips = &clipped[0]
     out.make(plan, np.float32 if sizeof(floating) == 4 else np.float64, sizeof(Entry[floating]))
+    out.same_positions = chosen is not None
     e, starts = <Entry[floating] *>out.entries.data, <int32_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
@@ -314,7 +317,7 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         long parts = p.parts, n = parts * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads)
-        bint direct = p.in_place() and not accumulate and parts == 1
+        bint same_positions = entries.same_positions, direct = p.in_place() and not accumulate and parts == 1
         long row = p.s.channels if direct else 0, values = p.weights()
         Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
         floating *s = <floating *>slabs.data
@@ -329,7 +332,8 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         packed = borrow("parts", parts * values * sizeof(floating))
         dw = <floating *>packed.data
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.slab_weight_gradient(&p.s, xv, e, starts, i, parts, dw + i % parts * values, row, s + each * threadid())
+        kernels.slab_weight_gradient(&p.s, xv, e, starts, i, parts, dw + i % parts * values, row, same_positions,
+                                     s + each * threadid())
     if not direct:
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.unpack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, parts,

@@ -58,7 +58,7 @@ class MemAOP(Method):
     def choose(self, layer, worth):
         """The indices of K of the M rows with the squares of |x| |dy| in `worth`, ascending."""
         count = max(1, round(self.k * len(worth)))
-        if self.policy == "randk":
+        if self.policy == "randk" and np.isfinite(worth).all():
             return np.sort(layer.random().choice(len(worth), count, replace=False))
         if self.policy == "weightedk":
             # The first of exponential variates with these rates come as drawing one by one does (Efraimidis &
@@ -74,18 +74,25 @@ class MemAOP(Method):
         rows = _Rows(dy)
         if not self.memory:
             worth = rows.pick(_window_norms(x, weight, geometry, dy)) * rows.pick(_norms(dy.array))
-            mask = rows.mask(self.choose(layer, worth))
+            chosen = self.choose(layer, worth)
+            linear = len(weight.shape) == 2
+            mask = None if linear and not self.angles else rows.mask(chosen)
             if self.angles:
                 layer.note_angle(dy.array, dy.array * mask[:, None])
+            if linear:
+                return _gathered_gradient(weight, x.array, dy.array, dy.n, chosen, 1)
             return sparse_gradient.weight_gradient(x, weight, geometry, dy, sparse_gradient.chosen(mask))
         lr = 1.0 if self.optimizer is None else self.optimizer.lr
         if lr == 0:  # nothing is learned, nor remembered
             return sparse_gradient.weight_gradient(x, weight, geometry, dy, sparse_gradient.above(np.inf))
         worth = rows.pick(self._remember(layer, x, weight, geometry, dy, math.sqrt(lr)))
-        mask = rows.mask(self.choose(layer, worth))
+        chosen = self.choose(layer, worth)
+        mask = rows.mask(chosen)
         if self.angles:
             layer.note_angle(dy.array, layer.state["dy"] * mask[:, None])
         layer.state["keep"] = ((1 - mask) * math.sqrt(self.decay)).astype(dy.dtype)
+        if len(weight.shape) == 2:
+            return _gathered_gradient(weight, layer.state["x"][0], layer.state["dy"], dy.n, chosen, lr)
         return _remembered_gradient(layer.state, weight, dy.n, mask, lr)
 
     def _remember(self, layer, x, weight, geometry, dy, scale):
@@ -145,6 +152,18 @@ def _window_norms(x, weight, geometry, dy):
         pixels[:, k : k + sh * (height - 1) + 1 : sh, m : m + sw * (width - 1) + 1 : sw]
         for k, m in _taps(weight, geometry)
     )
+
+
+def _gathered_gradient(weight, x, dy, images, chosen, lr):
+    """Adds the outer products of these images of a linear layer's x and dy, (blocks, features, 1, 1, 16) each, divided
+    by lr, to weight's gradient: as a batch of their own. Returns Used."""
+    block, lane = np.divmod(chosen, arrays.IMAGES)
+    few_x, few_dy = (np.ascontiguousarray(a[block, :, 0, 0, lane]) for a in (x, dy))
+    few_dy /= few_dy.dtype.type(lr)
+    if len(chosen) == 0:
+        few_x, few_dy = (np.zeros((1, a.shape[1]), a.dtype) for a in (x, dy))
+    ops.weight_gradient(arrays.pack(few_x), weight, plans.Geometry(), arrays.pack(few_dy))
+    return sparse_gradient.Used(few_dy.size, images * few_dy.shape[1], 0, "gradient")
 
 
 def _remembered_gradient(state, weight, images, mask, lr):

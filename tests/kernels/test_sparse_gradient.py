@@ -135,9 +135,10 @@ def decoded(entries, arguments, shape):
     """What the lists hold as an array (blocks * 16, ...), after looking at where each entry stands."""
     span, group, bands = (arguments[name] for name in ("span", "group", "bands"))
     (down, across), out_height = arguments["stride"], arguments["out_height"]
-    dense = np.zeros((-(-shape[0] // IMAGES) * IMAGES, *shape[1:]), entries.dtype)
+    dense, stored = np.zeros((-(-shape[0] // IMAGES) * IMAGES, *shape[1:]), entries.dtype), 0
     for first, channel, index, positions, values in entries.to_lists():
-        assert (values != 0).all()
+        assert ((values != 0) | np.signbit(values) & entries.same_positions).all()
+        stored += len(values)
         band, of_band = divmod(index, span * IMAGES // group)
         top, bottom = band * out_height // bands, (band + 1) * out_height // bands
         image, place = np.divmod(positions, arguments["image"])
@@ -150,7 +151,7 @@ def decoded(entries, arguments, shape):
         assert len(set(zip(*map(np.ravel, np.broadcast_arrays(*at)), strict=True))) == len(values)
         assert not dense[at].any()
         dense[at] = values
-    assert entries.nnz == np.count_nonzero(dense)
+    assert entries.nnz == stored
     return dense
 
 
@@ -182,6 +183,10 @@ def test_lists_hold_exactly_what_is_used_and_so_does_sparsify(name, kind, dtype,
         assert not (expected % how["step"]).any()
         assert (abs(expected - dy) < how["step"]).all()
         assert not expected[dy == 0].any()
+    # All channels store the pixels that are chosen, zero or not
+    mask = how["chosen"] if kind == "chosen" else None
+    assert entries.same_positions == (mask is not None)
+    assert entries.nnz == np.count_nonzero(expected if mask is None else mask) * (1 if mask is None else dy.shape[1])
     found = decoded(entries, arguments, dy.shape)
     np.testing.assert_array_equal(found[: conv.n], expected)
     assert not found[conv.n :].any()
