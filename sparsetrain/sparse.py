@@ -247,6 +247,45 @@ class SparseParameter(Parameter):
         self.slots = {name: slot[kept] for name, slot in self.slots.items()}
         self.grad = self._buffer = self._full = None
 
+    def rewire(self, kept, grown):
+        """Remove the weights where the boolean array `kept` (nnz) is false, and then store those at the positions `grown`
+        too: int64, ascending, in the weight as a flat dense array, not stored any more or never.
+
+        New weights are zero, and so are their slots. The gradient is dropped.
+        """
+        places = self.places()[kept]
+        every = np.concatenate([places, grown])
+        if len(grown) and (
+            len(np.unique(every)) < len(every) or grown.min() < 0 or grown.max() >= math.prod(self.shape)
+        ):
+            raise ValueError("grown has a position that is stored, that comes twice or that the weight does not have")
+        order = np.argsort(every, kind="stable")
+        columns = math.prod(self.shape[1:])
+        rows, indices = np.divmod(every[order], columns)
+        indptr = np.searchsorted(rows, np.arange(self.shape[0] + 1)).astype(np.int32)
+
+        def moved(values):
+            return np.concatenate([values[kept], np.zeros(len(grown), values.dtype)])[order]
+
+        self.structure = Structure(self.shape, indptr, indices.astype(np.int32))
+        self.data, self.slots = moved(self.data), {name: moved(slot) for name, slot in self.slots.items()}
+        self.grad = self._buffer = self._full = None
+
+    def fill(self):
+        """Store every weight: those that were not are zero, and so are their slots. The gradient is dropped.
+
+        The parameter becomes a Parameter, the same object: an optimiser that holds it goes on.
+        """
+        data, slots = self.to_dense(), {name: self._scatter(slot) for name, slot in self.slots.items()}
+        self.__class__ = Parameter
+        self.data, self.slots, self.structure = data, slots, Structure(data.shape)
+        self.grad = self._buffer = None
+        del self._full
+
+    def places(self):
+        """Position of each stored weight in the weight as a flat dense array, int64, ascending."""
+        return self.structure.rows() * np.int64(math.prod(self.shape[1:])) + self.indices
+
     def _scatter(self, values):
         dense = np.zeros((self.shape[0], math.prod(self.shape[1:])), values.dtype)
         dense[self.structure.rows(), self.indices] = values

@@ -52,6 +52,9 @@ class Dithered(Method):
             return super().forward(x, weight, bias, geometry, halo, relu)
         return int8.conv2d(x, weight, bias, geometry, halo, relu)
 
+    def read(self, kept, geometry):
+        return kept.x.restored(geometry.padding) if isinstance(kept, int8.Operands) else kept
+
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
         if not isinstance(x, int8.Operands):
             return super().backward(layer, x, weight, bias, geometry, dy, halo, into)

@@ -59,6 +59,10 @@ class Method:
         """(y, what backward() takes as x) of a layer, as of ops.conv2d()."""
         return ops.conv2d(x, weight, bias, geometry, halo, relu), x
 
+    def read(self, kept, geometry):
+        """The Blocked that a layer read, from what forward() kept."""
+        return kept
+
     def after(self, layer, dy, used):
         """Called after each backward pass with what it used, a sparse_gradient.Used (None: all was used)."""
 
@@ -166,6 +170,10 @@ class Layer:
     def forward(self, x, weight, bias, geometry, halo, relu):
         """(y, what backward() takes as x), as of ops.conv2d()."""
         return self.method.forward(x, weight, bias, geometry, halo, relu)
+
+    def read(self, kept, geometry):
+        """The Blocked that the layer read, from what forward() kept."""
+        return self.method.read(kept, geometry)
 
     def backward(self, x, weight, bias, geometry, dy, halo, into=None):
         """dx, as of ops.conv2d_backward()."""

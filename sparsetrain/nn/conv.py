@@ -14,6 +14,7 @@ class Conv2d(Module):
 
     fuses_into = True
     backprop = None  # what a method of backprop does in this layer instead of the exact backward pass
+    probe = None  # a method of sparsity's look at the gradients of weights that are not stored
     fuses_relu = property(lambda self: type(self) is Conv2d)  # a subclass may have a forward of its own
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):

@@ -29,7 +29,7 @@ class ConvNorm:
         conv, norm = self.conv, self.norm
         with module.blamed(conv):
             conv.check(x)
-        if conv.backprop is not None or not ops.can_band(x, conv.weight, conv.geometry):
+        if conv.backprop is not None or conv.probe is not None or not ops.can_band(x, conv.weight, conv.geometry):
             return self._one_by_one(x, halo, add, relu)
         start = time.perf_counter()
         mean, var = norm.moments()

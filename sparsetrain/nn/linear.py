@@ -13,6 +13,7 @@ class Linear(Module):
 
     fuses_into = True
     backprop = None  # what a method of backprop does in this layer instead of the exact backward pass
+    probe = None  # a method of sparsity's look at the gradients of weights that are not stored
     fuses_relu = property(lambda self: type(self) is Linear)  # a subclass may have a forward of its own
 
     def __init__(self, in_features, out_features, bias=True):

@@ -23,6 +23,8 @@ def run(layer, x, geometry, halo, relu):
     def backward(dy, halo, into=None):
         if relu:
             dy = ops.relu_backward(y, dy, layer.grad_halo)
+        if layer.probe is not None:
+            layer.probe(kept if method is None else method.read(kept, geometry), geometry, dy)
         back = ops.conv2d_backward if method is None else method.backward
         return back(kept, weight, bias, geometry, dy, halo, into)
 

@@ -2,8 +2,8 @@
 
 Arrays: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz
 values, so removed weights are not there; "slot/<name>/<slot>"; "buffer/<name>". The rest is JSON in
-the bytes of "meta": how to build model, optimiser and method of backprop again, counters, history, generator state;
-"backprop/<layer>/<name>" is that method's.
+the bytes of "meta": how to build model, optimiser and methods again, counters, history, generator state;
+"backprop/<layer>/<name>" and "sparsity/<layer>/<name>" are the methods'.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ import zlib
 
 import numpy as np
 
-from sparsetrain import backprop, nn, optim, rng
+from sparsetrain import backprop, nn, optim, rng, sparsity
 from sparsetrain.files import replacing
 from sparsetrain.sparse import Parameter, SparseParameter
 from sparsetrain.train.history import History
 
-FORMAT = 1
+FORMAT = 2
+METHODS = {"backprop": backprop, "sparsity": sparsity}  # what a Trainer takes, and where its classes are
 
 
 def save(trainer, path):
@@ -42,7 +43,7 @@ def save(trainer, path):
         "loss": _own_name(nn, trainer.loss),
         "label_smoothing": trainer.label_smoothing,
         "schedule": trainer.schedule is not None,
-        "backprop": _describe_method(trainer.backprop),
+        **{kind: _describe_method(module, getattr(trainer, kind)) for kind, module in METHODS.items()},
         "step": trainer.step,
         "epoch": trainer.epoch,
         "history": list(trainer.history),
@@ -58,8 +59,10 @@ def save(trainer, path):
             arrays[f"slot/{name}/{slot}"] = array
     for name, buffer in trainer.model.named_buffers():
         arrays[f"buffer/{name}"] = buffer
-    if trainer.backprop is not None:
-        arrays |= {f"backprop/{key}": np.asarray(value) for key, value in trainer.backprop.state_dict().items()}
+    for kind in METHODS:
+        method = getattr(trainer, kind)
+        if method is not None:
+            arrays |= {f"{kind}/{key}": np.asarray(value) for key, value in method.state_dict().items()}
     with replacing(path, "wb") as file:
         np.savez(file, **arrays)
 
@@ -76,11 +79,12 @@ def resume(trainer_class, path, model, optimizer, settings):
         )
     if meta["loss"] is None and "loss" not in settings:
         raise ValueError(f"{path} ran with a loss that is not one of nn's: give loss=")
-    method = meta["backprop"]
-    if method is not None and method["class"] is None and "backprop" not in settings:
-        raise ValueError(f"{path} ran with a method of backprop of your own: give backprop=")
-    if method is not None and "backprop" not in settings:
-        settings["backprop"] = getattr(backprop, method["class"])(**method["settings"])
+    for kind, module in METHODS.items():
+        method = meta[kind]
+        if method is not None and method["class"] is None and kind not in settings:
+            raise ValueError(f"{path} ran with a method of {kind} of your own: give {kind}=")
+        if method is not None and kind not in settings:
+            settings[kind] = getattr(module, method["class"])(**method["settings"])
     settings = {
         "loss": meta["loss"] and getattr(nn, meta["loss"]),
         "label_smoothing": meta["label_smoothing"],
@@ -94,10 +98,15 @@ def resume(trainer_class, path, model, optimizer, settings):
         optimizer = _build_optimizer(path, meta["optimizer"], parameters)
     else:
         _check_optimizer(path, meta["optimizer"], optimizer, model)
+    method = settings.pop("sparsity", None)
     trainer = trainer_class(model, optimizer, **settings)
-    if trainer.backprop is not None and method is not None:
-        state = {key.removeprefix("backprop/"): a for key, a in arrays.items() if key.startswith("backprop/")}
-        trainer.backprop.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
+    if method is not None:
+        trainer.sparsity = method.attach(model, begin=False)
+    for kind in METHODS:
+        method, prefix = getattr(trainer, kind), f"{kind}/"
+        if method is not None and meta[kind] is not None:
+            state = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+            method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
 
     # Everything fits: from here on nothing can fail.
     for name, parameter in parameters.items():
@@ -113,10 +122,11 @@ def resume(trainer_class, path, model, optimizer, settings):
     return trainer
 
 
-def _describe_method(method):
+def _describe_method(module, method):
     if method is None:
         return None
-    return {"class": _own_name(backprop, type(method)), "settings": dataclasses.asdict(method)}
+    settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if field.init}
+    return {"class": _own_name(module, type(method)), "settings": settings}
 
 
 def read(path):

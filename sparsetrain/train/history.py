@@ -16,9 +16,14 @@ COLUMNS = (
     "lr",
     "images_per_s",
     "time_s",
+    "sparsity",
     "gradient_sparsity",
 )
-LAYER_COLUMNS = ("epoch", "layer", "gradient_sparsity", "ms", "angle", "clipped")
+# Of what a row has for each layer: where it is in the row, and its columns
+BY_LAYER = {
+    "layers": ("epoch", "layer", "gradient_sparsity", "ms", "angle", "clipped"),
+    "weights": ("epoch", "layer", "weights", "nnz", "sparsity", "dropped", "grown", "explored"),
+}
 
 
 class History(list):
@@ -27,8 +32,9 @@ class History(list):
     epoch counts from 1; step is the number of steps so far; loss and accuracy are means over the
     epoch's training batches as they went by; lr is the last step's; time_s and images_per_s
     count the training alone. gradient_sparsity is the share of all layers' output gradients that was not used, where
-    a method of backprop left some out; a row's "layers" then has {layer: what Method.report() says}. `interrupted` is
-    True after Ctrl-C.
+    a method of backprop left some out; a row's "layers" then has {layer: what its report() says}. sparsity is the share
+    of the weights of convolutions and linear layers that is not stored; a row's "weights" has what a method of sparsity
+    reports. `interrupted` is True after Ctrl-C.
     """
 
     interrupted = False
@@ -46,16 +52,17 @@ class History(list):
         return values.index((max if monitor.endswith("accuracy") else min)(values))
 
     def write_csv(self, path):
-        """Write all rows as CSV, replacing path as a whole; those of the layers, if there are any, beside it as
-        <name>-layers.csv."""
+        """Write all rows as CSV, replacing path as a whole; what methods say of each layer, if there are any, beside it
+        as <name>-layers.csv (backprop) and <name>-weights.csv (sparsity)."""
         _write(path, COLUMNS, self)
-        layers = [
-            {"epoch": row["epoch"], "layer": name, **values}
-            for row in self
-            for name, values in row.get("layers", {}).items()
-        ]
-        if layers:
-            _write(Path(path).with_stem(f"{Path(path).stem}-layers"), LAYER_COLUMNS, layers)
+        for part, columns in BY_LAYER.items():
+            rows = [
+                {"epoch": row["epoch"], "layer": name, **values}
+                for row in self
+                for name, values in row.get(part, {}).items()
+            ]
+            if rows:
+                _write(Path(path).with_stem(f"{Path(path).stem}-{part}"), columns, rows)
 
 
 def _write(path, columns, rows):

@@ -2,12 +2,14 @@
 
 import math
 import time
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sparsetrain import checks, nn
 from sparsetrain.arrays import unpack
+from sparsetrain import sparsity as weights
 from sparsetrain.backprop import Method
 from sparsetrain.nn.module import evaluating
 from sparsetrain.train import checkpoint
@@ -25,7 +27,8 @@ class Trainer:
     loss: a function (outputs, y) -> (loss, gradient); label_smoothing needs cross_entropy.
     schedule: a function of the step that sets optimizer.lr before each step, or None.
     backprop: a method of `backprop` that says which values of the output gradients are used; None: all, but for
-    layers that a method was attached to by hand. callbacks: `Callback` objects, called in this order.
+    layers that a method was attached to by hand. sparsity: a method of `sparsity` that says which weights exist, and when
+    that changes; None: those that exist now. callbacks: `Callback` objects, called in this order.
 
     Data are batches (x, y) from anything that can be iterated over once an epoch, such as
     `data.Batches`; where it has an `epoch` attribute, that is set before each pass. Accuracy is
@@ -43,12 +46,15 @@ class Trainer:
         label_smoothing=0.0,
         schedule=None,
         backprop=None,
+        sparsity=None,
         callbacks=(),
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, must be a nn.Module")
         if not isinstance(backprop, (Method, type(None))):
             raise TypeError(f"backprop is a {type(backprop).__name__}, must be a backprop.Method or None")
+        if not isinstance(sparsity, (weights.Method, type(None))):
+            raise TypeError(f"sparsity is a {type(sparsity).__name__}, must be a method of sparsity or None")
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(f"callbacks holds {callback!r}, which is not a Callback")
@@ -59,6 +65,7 @@ class Trainer:
         if self.label_smoothing and loss is not nn.cross_entropy:
             raise ValueError("label_smoothing is for nn.cross_entropy, loss is another function")
         self.schedule = schedule
+        self.sparsity = sparsity if sparsity is None or sparsity.layers else sparsity.attach(model)
         self.backprop = backprop if backprop is None else backprop.attach(model, optimizer)
         self.callbacks = list(callbacks)
         self.history = History()
@@ -94,6 +101,22 @@ class Trainer:
         """One step on one batch, in the model's present mode; returns the loss and the outputs."""
         if self.schedule is not None:
             self.optimizer.lr = self.schedule(self.step)
+        if self.sparsity is None:
+            loss, outputs = self._gradients(x, y)
+        else:
+            self.sparsity.begin_step()
+            try:
+                loss, outputs = self._gradients(x, y)
+            except BaseException:
+                self.sparsity.cancel_step()
+                raise
+            self.sparsity.end_step()
+        self.optimizer.step()
+        self.step += 1
+        return loss, outputs
+
+    def _gradients(self, x, y):
+        """Loss and outputs of a batch; leaves the gradients in the parameters."""
         self.optimizer.zero_grad()
         outputs = self.model(x)
         if self.label_smoothing:
@@ -103,8 +126,6 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._diverged(f"loss is {loss} at step {self.step + 1}", x)
         self.model.backward(gradient, input_gradient=False)
-        self.optimizer.step()
-        self.step += 1
         return loss, outputs
 
     def evaluate(self, batches):
@@ -113,7 +134,7 @@ class Trainer:
         Returns {"loss", "accuracy"}. TrainingDiverged if the loss is not finite.
         """
         means = Means()
-        with evaluating(self.model):
+        with self._evaluating():
             for x, y in batches:
                 outputs = self.model(x)
                 loss, _ = self.loss(outputs, y)
@@ -130,11 +151,16 @@ class Trainer:
         if isinstance(data, np.ndarray):
             size = checks.integer("batch_size", batch_size, low=1)
             data = [data[i : i + size] for i in range(0, len(data), size)]
-        with evaluating(self.model):
+        with self._evaluating():
             outputs = [self.model(b[0] if isinstance(b, tuple) else b) for b in data]
         if not outputs:
             raise ValueError("data is empty, must hold at least one input")
         return np.concatenate(outputs)
+
+    @contextmanager
+    def _evaluating(self):
+        with nullcontext() if self.sparsity is None else self.sparsity.applied(), evaluating(self.model):
+            yield
 
     def save(self, path):
         """Write a checkpoint, replacing path as a whole. See `resume`."""
@@ -156,10 +182,12 @@ class Trainer:
     def _epoch(self, train, validation):
         if hasattr(train, "epoch"):
             train.epoch = self.epoch
-        self._call("on_epoch_begin", len(train) if hasattr(train, "__len__") else None)
+        steps = len(train) if hasattr(train, "__len__") else None
+        self._call("on_epoch_begin", steps)
         self.model.train()
-        if self.backprop is not None:
-            self.backprop.begin_epoch(self.epoch, len(train) if hasattr(train, "__len__") else None)
+        for method in (self.sparsity, self.backprop):
+            if method is not None:
+                method.begin_epoch(self.epoch, steps)
         means = Means()
         for x, y in train:
             loss, outputs = self.train_step(x, y)
@@ -168,7 +196,7 @@ class Trainer:
         row = {"epoch": self.epoch + 1, "step": self.step} | means.result("train")
         row |= {"val_loss": None, "val_accuracy": None, "lr": self.optimizer.lr}
         row |= means.speed() | {"time_s": means.time_s()}
-        row |= self._gradients()
+        row |= self._sparsities()
         self._check_weights()
         if validation is not None:
             row |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
@@ -176,14 +204,17 @@ class Trainer:
         self.history.append(row)
         self._call("on_epoch_end", row)
 
-    def _gradients(self):
-        """What the method of backprop did in the epoch: for all layers, and for each."""
+    def _sparsities(self):
+        """What the methods did in the epoch: for all layers, and for each."""
+        sizes = [(p.nnz, math.prod(p.shape)) for p in self.model.parameters() if len(p.shape) > 1]
+        row = {"sparsity": 1 - sum(n for n, _ in sizes) / sum(s for _, s in sizes) if sizes else None}
+        row["weights"] = {} if self.sparsity is None else self.sparsity.report()
         if self.backprop is None:
-            return {"gradient_sparsity": None, "layers": {}}
+            return row | {"gradient_sparsity": None, "layers": {}}
         layers = self.backprop.report()
         values = sum(layer["values"] for layer in layers.values())
         unused = sum(layer["values"] * layer["gradient_sparsity"] for layer in layers.values())
-        return {"gradient_sparsity": unused / values if values else None, "layers": layers}
+        return row | {"gradient_sparsity": unused / values if values else None, "layers": layers}
 
     def _call(self, point, *arguments):
         for callback in self.callbacks:

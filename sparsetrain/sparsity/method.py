@@ -1,0 +1,343 @@
+"""What all methods have in common that change which weights exist: where, when, how much, and what they report."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparsetrain import arrays, checks, ops, plans
+from sparsetrain.sparse import Parameter, SparseParameter
+from sparsetrain.sparsity import distributions
+from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, prune, sparsifiable
+
+UNITS = ("steps", "epochs")
+
+
+@dataclass
+class Method:
+    """Which weights of convolutions and linear layers exist, and how that changes. A method is a subclass with an
+    `update`, or with a `begin` alone if nothing changes later.
+
+    sparsity in [0, 1): of the layers together, in the end. distribution: "uniform", "erk" or, where the method compares
+    weights of several layers, "global". include, exclude: layer names or globs ("0", "3.body.*").
+
+    A Trainer(sparsity=method) does the rest. By hand: attach(model); then in each step begin_step() before
+    the forward pass, and end_step() between the backward pass and the optimiser's step; begin_epoch() before an epoch
+    if times are in epochs.
+    """
+
+    sparsity: float = 0.9
+    distribution: str = field(default="uniform", kw_only=True)
+    include: tuple = field(default=("*",), kw_only=True)
+    exclude: tuple = field(default=(), kw_only=True)
+
+    distributions = ("uniform", "erk")  # that the method can follow
+
+    def __post_init__(self):
+        checks.fraction("sparsity", self.sparsity)
+        checks.one_of("distribution", self.distribution, DISTRIBUTIONS)
+        if self.distribution not in self.distributions:
+            raise ValueError(
+                f"distribution is {self.distribution!r}, {type(self).__name__} needs {' or '.join(self.distributions)}"
+            )
+        for name in ("include", "exclude"):
+            globs = getattr(self, name)
+            if isinstance(globs, str) or not isinstance(globs, (list, tuple)):
+                raise TypeError(f"{name} is {globs!r}, must be a sequence of layer names or globs")
+            setattr(self, name, tuple(globs))
+        self.layers, self.step, self.steps_per_epoch = [], 0, None
+        self.check()
+
+    def check(self):
+        """ValueError or TypeError unless the arguments are right."""
+
+    # ---- what a method defines
+
+    def begin(self):
+        """What happens to the layers when the method is attached."""
+
+    def due(self):
+        """Whether update() is called at the end of this step."""
+        return False
+
+    def prepare(self):
+        """Called before the forward pass of a step at whose end update() is called."""
+
+    def update(self):
+        """Change the layers. The gradients are those of this step; they are dropped in layers that change."""
+        raise NotImplementedError(f"{type(self).__name__} is due but does not define update()")
+
+    # ---- the model
+
+    def attach(self, model, begin=True):
+        """Take over the layers of the model, and give them their first structure unless `begin` is False. Returns self.
+
+        ValueError if a glob matches no layer or the sparsity cannot be reached; then the model is as it was.
+        """
+        named = sparsifiable(model, self.exclude, self.include)
+        if not named:
+            raise ValueError("the model has no convolution or linear layer to make sparse")
+        self.detach()
+        layers = [Layer(*pair) for pair in named]
+        if self.distribution != "global":
+            for layer, number in zip(layers, self._numbers(layers, self.sparsity), strict=True):
+                if number < 1:
+                    raise ValueError(
+                        f"layer {layer.name} has {layer.size} weights, of which sparsity {self.sparsity:g} would leave "
+                        "none: exclude it"
+                    )
+        self.layers = layers
+        if begin:
+            self.begin()
+            for layer in self.layers:
+                layer.note()
+        return self
+
+    def detach(self):
+        """Leave the layers as they are from now on."""
+        for layer in self.layers:
+            layer.module.probe = None
+        self.layers = []
+
+    def begin_epoch(self, epoch, steps=None):
+        """Say that an epoch of so many steps begins, on which times in epochs depend. A Trainer does."""
+        self.steps_per_epoch = steps
+
+    def begin_step(self):
+        """Say that a step's forward pass follows."""
+        if self.due():
+            self.prepare()
+
+    def end_step(self):
+        """Change the layers where it is time to, after the backward pass of a step. Returns whether that was so."""
+        due = self.due()
+        if due:
+            self.update()
+            for layer in self.layers:
+                layer.module.probe = None
+                layer.note()
+        self.step += 1
+        return due
+
+    def cancel_step(self):
+        """Say that a step that had begun came to nothing."""
+        for layer in self.layers:
+            layer.module.probe = None
+
+    @contextmanager
+    def applied(self):
+        """Within it, the layers have the weights that the method means them to have: what is to be evaluated."""
+        yield
+
+    def prune(self, sparsity, score, distribution=None):
+        """Remove the weights with the lowest scores, until the layers have this sparsity."""
+        before = [layer.weight.nnz for layer in self.layers]
+        named = [(layer.name, layer.module) for layer in self.layers]
+        prune(named, sparsity, score, distribution or self.distribution)
+        for layer, nnz in zip(self.layers, before, strict=True):
+            layer.dropped += nnz - layer.weight.nnz
+
+    def targets(self, sparsity):
+        """How many weights each layer keeps at this sparsity."""
+        return self._numbers(self.layers, sparsity)
+
+    def _numbers(self, layers, sparsity):
+        return getattr(distributions, self.distribution)([layer.weight.shape for layer in layers], sparsity)
+
+    def report(self):
+        """{layer: {"weights", "nnz", "sparsity", "dropped", "grown", "explored"}}.
+
+        dropped, grown: weights since the last report; explored: share of all weights that existed at some time.
+        """
+        return {layer.name: layer.report() for layer in self.layers}
+
+    # ---- state
+
+    def state_dict(self):
+        """{name: number or array}: with it, and the model's own structure, a run goes on as if not interrupted."""
+        state = {"step": self.step}
+        for layer in self.layers:
+            state[f"{layer.name}/explored"] = layer.explored.copy()
+            state[f"{layer.name}/changed"] = np.array([layer.dropped, layer.grown])
+        return state
+
+    def load_state_dict(self, state):
+        """Take what state_dict() gave; ValueError, and nothing changed, if it is of other layers."""
+        wanted = self.state_dict()
+        if set(state) != set(wanted):
+            other = sorted(set(state) ^ set(wanted))[0]
+            raise ValueError(f"the state does not fit the layers {', '.join(la.name for la in self.layers)}: {other!r}")
+        for layer in self.layers:
+            if np.shape(state[f"{layer.name}/explored"]) != layer.explored.shape:
+                raise ValueError(
+                    f"the state of layer {layer.name} is of {8 * np.size(state[f'{layer.name}/explored'])} weights"
+                )
+        self.step = int(state["step"])
+        for layer in self.layers:
+            layer.explored = np.array(state[f"{layer.name}/explored"], np.uint8)
+            layer.dropped, layer.grown = (int(n) for n in state[f"{layer.name}/changed"])
+
+
+@dataclass
+class Timed(Method):
+    """A Method that changes its layers every so many steps, or epochs with unit="epochs": at start, start + every, ...,
+    and not after stop, which must come before the end of training. A layer that changes leaves out the optimiser's step
+    that follows, for want of a gradient."""
+
+    start: int = field(default=0, kw_only=True)
+    stop: int = field(default=None, kw_only=True)
+    every: int = field(default=100, kw_only=True)
+    unit: str = field(default="steps", kw_only=True)
+
+    changes_at_start = True
+
+    def __post_init__(self):
+        checks.one_of("unit", self.unit, UNITS)
+        checks.integer("start", self.start, low=0)
+        checks.integer("every", self.every, low=1)
+        if self.stop is None:
+            raise ValueError(
+                f"stop is None: {type(self).__name__} needs the last of the {self.unit} at which weights change"
+            )
+        checks.integer("stop", self.stop, low=0)
+        if self.stop < self.start:
+            raise ValueError(f"stop is {self.stop}, before start, which is {self.start}")
+        super().__post_init__()
+
+    def now(self):
+        """The present time, in units: with epochs, only the first step of one counts."""
+        if self.unit == "steps":
+            return self.step
+        if self.steps_per_epoch is None:
+            raise ValueError("unit is 'epochs': begin_epoch(epoch, steps) must say how many steps an epoch has")
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        return epoch if step == 0 else None
+
+    def due(self):
+        now = self.now()
+        if now is None or not self.start <= now <= self.stop or (now == self.start and not self.changes_at_start):
+            return False
+        return (now - self.start) % self.every == 0 or now == self.stop
+
+    def progress(self):
+        """From 0 at start to 1 at stop."""
+        return (self.now() - self.start) / max(1, self.stop - self.start)
+
+
+class Layer:
+    """A layer whose weights come and go. dropped, grown: weights since the last report. explored: a bit for each weight,
+    set where it existed at some time."""
+
+    def __init__(self, name, module):
+        self.name, self.module = name, module
+        self.dropped = self.grown = 0
+        self.explored = np.zeros(-(-math.prod(module.weight.shape) // 8), np.uint8)
+
+    weight = property(lambda self: self.module.weight)
+
+    @property
+    def size(self):
+        """Weights, stored or not."""
+        return math.prod(self.weight.shape)
+
+    def rewire(self, kept, grown):
+        """Drop the stored weights where `kept` (nnz) is false, then grow those at the positions `grown`, in any order."""
+        self.dropped += int(len(kept) - np.count_nonzero(kept))
+        self.grown += len(grown)
+        self.weight.rewire(kept, np.sort(np.asarray(grown, np.int64)))
+
+    def note(self):
+        """Remember which weights exist now."""
+        weight = self.weight
+        if isinstance(weight, SparseParameter):
+            alive = np.zeros(self.size, bool)
+            alive[weight.places()] = True
+            self.explored |= np.packbits(alive)
+        else:
+            self.explored |= np.packbits(np.ones(self.size, bool))
+
+    def probe(self, count):
+        """Look in the backward pass of this step for the `count` largest gradients of weights that are not stored."""
+        self.module.probe = Probe(self.name, self.weight, count)
+
+    def probed(self):
+        """(positions, magnitudes) that the probe has found; ValueError if no backward pass went by."""
+        found = self.module.probe
+        if found is None or found.places is None:
+            raise ValueError(f"layer {self.name} has seen no backward pass since begin_step()")
+        return found.places, found.magnitudes
+
+    def report(self):
+        row = {
+            "weights": self.size,
+            "nnz": self.weight.nnz,
+            "sparsity": self.weight.sparsity,
+            "dropped": self.dropped,
+            "grown": self.grown,
+            "explored": int(np.unpackbits(self.explored).sum()) / self.size,
+        }
+        self.dropped = self.grown = 0
+        return row
+
+
+class Probe:
+    """The largest gradients of weights that are not stored: a block of rows of the gradient at a time, of which only the
+    best so far are kept, so that no array of the dense weight's size is ever there."""
+
+    BLOCK = 1 << 18  # weights of a block, 1 MB
+
+    def __init__(self, name, weight, count):
+        self.name, self.weight, self.count = name, weight, count
+        self.places = self.magnitudes = None
+
+    def __call__(self, x, geometry, dy):
+        """Called by the layer in its backward pass."""
+        if self.places is not None:
+            raise ValueError(
+                f"layer {self.name} ran twice between begin_step() and end_step(), where its gradients are probed"
+            )
+        self.places, self.magnitudes = np.zeros(0, np.int64), np.zeros(0, self.weight.data.dtype)
+        rows, columns = self.weight.shape[0], math.prod(self.weight.shape[1:])
+        per_group = rows // geometry.groups
+        x = x.with_halo(geometry.padding)
+        one_group = plans.Geometry(geometry.stride, geometry.padding, geometry.dilation)
+        for first in range(0, rows, per_group):
+            group = first // per_group
+            channels = self.weight.shape[1]
+            part = _channels(x, group * channels, (group + 1) * channels)
+            step = max(1, self.BLOCK // columns)
+            for begin in range(first, first + per_group, step):
+                end = min(begin + step, first + per_group)
+                block = Parameter(np.zeros((end - begin, *self.weight.shape[1:]), self.weight.data.dtype))
+                ops.weight_gradient(part, block, one_group, _channels(dy, begin, end))
+                self._take(begin * columns, np.abs(block.grad.reshape(-1)))
+
+    def _take(self, first, magnitudes):
+        """Keep what is best of a block of gradients from position `first` on, and of those kept so far."""
+        places = self.weight.places()
+        stored = places[np.searchsorted(places, first) : np.searchsorted(places, first + len(magnitudes))] - first
+        magnitudes[stored] = -1
+        here = np.flatnonzero(magnitudes >= 0) if len(magnitudes) <= self.count else _largest(magnitudes, self.count)
+        self.places = np.concatenate([self.places, first + here[magnitudes[here] >= 0]])
+        self.magnitudes = np.concatenate([self.magnitudes, magnitudes[here[magnitudes[here] >= 0]]])
+        if len(self.places) > self.count:
+            best = _largest(self.magnitudes, self.count)
+            self.places, self.magnitudes = self.places[best], self.magnitudes[best]
+
+
+def _largest(values, count):
+    """Indices of the `count` largest values, ascending; of equal ones the first."""
+    if count >= len(values):
+        return np.arange(len(values))
+    if count == 0:
+        return np.zeros(0, np.int64)
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > least)
+    level = np.flatnonzero(values == least)[: count - len(above)]
+    return np.sort(np.concatenate([above, level]))
+
+
+def _channels(blocked, begin, end):
+    """Channels [begin, end) of a Blocked, without a copy."""
+    return arrays.Blocked(blocked.array[:, begin:end], blocked.n, blocked.halo, blocked.ndim)
