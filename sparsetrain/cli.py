@@ -13,12 +13,12 @@ from pathlib import Path
 import threadpoolctl
 
 import sparsetrain as st
-from sparsetrain import checks, choices, data, named, optim, options, profile_command
+from sparsetrain import checks, choices, data, named, optim, options, profile_command, sparsity
 from sparsetrain._kernels import threads
 from sparsetrain.bench import command as bench
 from sparsetrain.bench.machine import caches
 from sparsetrain.files import replacing
-from sparsetrain.named import BACKPROP, DISTRIBUTIONS, METHODS, MODELS
+from sparsetrain.named import AT_ONCE, BACKPROP, DISTRIBUTIONS, METHODS, MODELS, WHILE_TRAINING
 from sparsetrain.train import (
     Checkpoint,
     CSVLog,
@@ -37,11 +37,30 @@ OPTIONS = {
     "data": ("fashion-mini", {}, f"data set: {', '.join(data.NAMES)}"),
     "model": ("small-cnn", {}, f"model: {', '.join(MODELS)}"),
     "sparsity": (0.9, {"type": float}, "fraction of the weights to remove, in [0, 1)"),
-    "method": ("magnitude", {}, f"which weights to remove: {', '.join(METHODS)}"),
-    "distribution": (
-        "uniform",
+    "method": (
+        "magnitude",
         {},
-        f"how the sparsity is spread over the layers: {', '.join(DISTRIBUTIONS)}",
+        f"which weights exist: chosen before training by {', '.join(AT_ONCE)}; changed while training by "
+        f"{', '.join(WHILE_TRAINING)}",
+    ),
+    "distribution": (
+        None,
+        {},
+        f"how the sparsity is spread over the layers: {', '.join(DISTRIBUTIONS)} (default: erk for set, rigl and "
+        "granet, else uniform)",
+    ),
+    "change-every": (None, {"type": int}, "steps between changes of the weights while training (default: 100)"),
+    "change-until": (None, {"type": float}, "share of the run after which they stay, in [0, 1) (default: 0.75)"),
+    "drop-fraction": (
+        None,
+        {"type": float},
+        "set, rigl, granet: share of the weights that a change replaces, in (0, 1) (default: 0.3, granet 0.5)",
+    ),
+    "initial-sparsity": (None, {"type": float}, "gmp, granet: sparsity at first (default: 0, granet 0.5)"),
+    "pattern": (
+        None,
+        {"metavar": "N:M"},
+        "n:m: N of M neighbouring weights exist, and --sparsity is not used (default: 2:4)",
     ),
     # Keeping the first layer dense is the "uniform" of Evci et al., RigL, ICML 2020: it has few
     # weights, and small-cnn on fashion-mini gains 1.5 to 2 points of accuracy.
@@ -145,6 +164,14 @@ OF_BACKPROP = (
     "decay",
     "angles",
 )
+# Options of methods that change weights while training, and the argument that they are
+OF_CHANGES = {
+    "change_every": "every",
+    "change_until": "stop",
+    "drop_fraction": "fraction",
+    "initial_sparsity": "initial",
+    "pattern": "n",
+}
 # What may be given with --resume: the rest stays as the run's config.json has it.
 ON_RESUME = {"epochs", "threads", "isa", "data_dir", "compare", "resume", "quiet"}
 
@@ -205,12 +232,12 @@ def _train(given):
     train, test = _batches(o, dataset)
     exact = o.backprop == "exact"
     main = " ".join((["sparse"] if o.sparsity else []) + ([] if exact else [o.backprop])) or "dense"
-    nets = {main: (o.sparsity, folder, _backprop(o))}
+    nets = {main: (bool(o.sparsity), folder, _backprop(o))}
     if main != "dense" and o.compare:
-        nets["dense"] = (0.0, folder / "dense", None)
+        nets["dense"] = (False, folder / "dense", None)
     trainers = {}
-    for name, (sparsity, place, method) in nets.items():
-        trainers[name] = trainer = _trainer(o, dataset, len(train), sparsity, place, name, method)
+    for name, (sparse, place, method) in nets.items():
+        trainers[name] = trainer = _trainer(o, dataset, train, sparse, place, name, method)
         if len(trainers) == 1:
             trainer.model.summary(dataset.train[0].shape[1:])  # says if it cannot take the images
             _write_config(o, folder)
@@ -241,7 +268,7 @@ def _options(given):
         "data": data.NAMES,
         "model": MODELS,
         "method": METHODS,
-        "distribution": DISTRIBUTIONS,
+        "distribution": (None, *DISTRIBUTIONS),
         "optimizer": tuple(OPTIMIZERS),
         "schedule": SCHEDULES,
         "backprop": BACKPROP,
@@ -255,6 +282,9 @@ def _options(given):
     if not 0 <= o.sparsity < 1:
         raise ValueError(f"--sparsity is {o.sparsity}, must be in [0, 1)")
     _backprop(o)  # its checks
+    changing = _changing(o, 1000) if o.sparsity else None
+    if o.method == "n:m" and o.sparsity:
+        o.sparsity = changing.sparsity
     if o.lr is None:
         o.lr = 0.1 if o.optimizer == "sgd" else 0.002
     if o.weight_decay is None:
@@ -317,8 +347,40 @@ def _batches(o, dataset):
     return train, data.Batches(*dataset.test, 256, **scale)
 
 
-def _trainer(o, dataset, steps, sparsity, folder, name, method):
+def _changing(o, steps, exclude=()):
+    """The method of sparsity that the options ask for; None for weights chosen once. ValueError for an option that the
+    method does not have."""
+    given = {name: getattr(o, name) for name in OF_CHANGES if getattr(o, name) is not None}
+    make = WHILE_TRAINING.get(o.method)
+    if make is None:
+        for name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is not for --method {o.method}")
+        return None
+    until = checks.fraction("--change-until", given.pop("change_until", 0.75))
+    arguments = {"stop": round(until * steps), "exclude": exclude}
+    if make is sparsity.NM:
+        if o.distribution is not None:
+            raise ValueError(f"--distribution is not for --method {o.method}")
+        pattern = given.pop("pattern", "2:4")
+        n, colon, m = pattern.partition(":")
+        if not (colon and n.isdecimal() and m.isdecimal()):
+            raise ValueError(f"--pattern is {pattern!r}, must be N:M such as 2:4")
+        arguments |= {"n": int(n), "m": int(m)}
+    else:
+        arguments |= {"sparsity": o.sparsity, "every": given.pop("change_every", 100)}
+        if o.distribution is not None:
+            arguments["distribution"] = o.distribution
+    known = {field.name for field in dataclasses.fields(make) if field.init}
+    for name, value in given.items():
+        if OF_CHANGES[name] not in known:
+            raise ValueError(f"--{name.replace('_', '-')} is not for --method {o.method}")
+        arguments[OF_CHANGES[name]] = value
+    return make(**arguments)
+
+
+def _trainer(o, dataset, train, sparse, folder, name, method):
     """The trainer of one net, as its last checkpoint in the folder left it if there is one."""
+    steps = len(train)
     checkpoint = folder / "checkpoint.npz"
     show = Progress(label=name) if sys.stderr.isatty() else EpochLines(label=name)
     settings = {
@@ -333,15 +395,19 @@ def _trainer(o, dataset, steps, sparsity, folder, name, method):
     if checkpoint.exists():
         return Trainer.resume(checkpoint, **settings)
     model = named.model(o.model, dataset.train[0].shape[1:], len(dataset.classes))
-    if sparsity:
-        st.sparsify(model, sparsity, o.method, o.distribution, named.layers(o.exclude, model))
+    exclude = named.layers(o.exclude, model)
+    changing = _changing(o, steps * o.epochs, exclude) if sparse else None
+    if sparse and changing is None:
+        batches = [next(iter(train))] if o.method in ("snip", "grasp") else None
+        st.sparsify(model, o.sparsity, o.method, o.distribution or "uniform", exclude, batches=batches)
     rates = {"lr": o.lr, "weight_decay": o.weight_decay}
     if o.optimizer == "sgd":
         rates["momentum"] = o.momentum
     optimizer = OPTIMIZERS[o.optimizer](model.named_parameters(), **rates)
     if method is not None:
         method = dataclasses.replace(method, exclude=tuple(named.layers(o.exact_layers or (), model)))
-    return Trainer(model, optimizer, label_smoothing=o.label_smoothing, backprop=method, **settings)
+    methods = {"backprop": method, "sparsity": changing}
+    return Trainer(model, optimizer, label_smoothing=o.label_smoothing, **methods, **settings)
 
 
 def _schedule(o, steps):

@@ -1,9 +1,9 @@
 """Layers in numbers of 8 bits: activations, weights and output gradients are rounded to 255 or 256 levels, and products
 are summed without rounding in 32 bits.
 
-A layer reads a Quantized x and a Rounded weight; sums become floats where they leave it. Where sums could leave 32 bits,
-where channels of a group do not fill quads, and where another backward kernel is faster, the same rounded numbers go
-through the ordinary kernels: the result is the same to rounding.
+A layer reads a Quantized x and a Rounded weight; sums become floats where they leave it. Where sums could leave 32
+bits, where channels of a group do not fill quads, and where another backward kernel is faster, the same rounded
+numbers go through the ordinary kernels: the result is the same to rounding.
 """
 
 import math

@@ -1,10 +1,20 @@
-"""What the command line calls by name: models, methods of backprop, and layers to keep dense."""
+"""What the command line calls by name: models, methods of sparsity and of backprop, and layers to keep dense."""
 
-from sparsetrain import backprop
+from sparsetrain import backprop, sparsity
 from sparsetrain.nn import models
 
 MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
-METHODS = ("magnitude", "random")
+# Which weights exist: chosen once before training, or changed by a method of sparsity while training
+AT_ONCE = sparsity.METHODS
+WHILE_TRAINING = {
+    "gmp": sparsity.GMP,
+    "set": sparsity.SET,
+    "rigl": sparsity.RigL,
+    "granet": sparsity.GraNet,
+    "ac-dc": sparsity.ACDC,
+    "n:m": sparsity.NM,
+}
+METHODS = (*AT_ONCE, *WHILE_TRAINING)
 BACKPROP = {
     "exact": None,
     "dithered": backprop.Dithered,
@@ -12,7 +22,7 @@ BACKPROP = {
     "mem-aop": backprop.MemAOP,
     "top-k": backprop.TopK,
 }
-DISTRIBUTIONS = ("uniform", "erk", "global")
+DISTRIBUTIONS = sparsity.DISTRIBUTIONS
 
 
 def model(name, image, classes):

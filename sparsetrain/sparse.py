@@ -248,8 +248,8 @@ class SparseParameter(Parameter):
         self.grad = self._buffer = self._full = None
 
     def rewire(self, kept, grown):
-        """Remove the weights where the boolean array `kept` (nnz) is false, and then store those at the positions `grown`
-        too: int64, ascending, in the weight as a flat dense array, not stored any more or never.
+        """Remove the weights where the boolean array `kept` (nnz) is false, and then store those at the positions
+        `grown` too: int64, ascending, in the weight as a flat dense array, not stored any more or never.
 
         New weights are zero, and so are their slots. The gradient is dropped.
         """

@@ -44,3 +44,14 @@ def warmup(schedule, steps):
         raise TypeError(f"schedule is {schedule!r}, must be a function of the step")
     steps = checks.integer("steps", steps, low=0)
     return lambda step: schedule(step) * (min((step + 1) / steps, 1.0) if steps else 1.0)
+
+
+def restarts(schedule, period):
+    """The first `period` steps of the schedule, again and again.
+
+    Source: Loshchilov and Hutter, SGDR, ICLR 2017, arXiv:1608.03983, for a cosine of so many steps.
+    """
+    if not callable(schedule):
+        raise TypeError(f"schedule is {schedule!r}, must be a function of the step")
+    period = checks.integer("period", period, low=1)
+    return lambda step: schedule(step % period)

@@ -13,6 +13,6 @@ from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, METHODS, sparsifiable, 
 from sparsetrain.sparsity.static import Static
 
 __all__ = [
-    "ACDC", "DISTRIBUTIONS", "GMP", "METHODS", "NM", "SET", "DropGrow", "GraNet", "Magnitude", "Method", "RigL", "Static",
-    "Timed", "sparsifiable", "sparsify",
+    "ACDC", "DISTRIBUTIONS", "GMP", "METHODS", "NM", "SET", "DropGrow", "GraNet", "Magnitude", "Method", "RigL",
+    "Static", "Timed", "sparsifiable", "sparsify",
 ]  # fmt: skip

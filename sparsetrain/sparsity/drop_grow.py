@@ -16,7 +16,8 @@ class DropGrow(Timed):
     zero at first.
 
     fraction in (0, 1): of a layer's weights, at start; anneal: falls to 0 at stop as half a cosine. A method defines
-    which weights to drop and which to grow. Those dropped may grow again at once; their values are lost then. The layers that change leave out the optimiser's next step.
+    which weights to drop and which to grow. Those dropped may grow again at once; their values are lost then. The
+    layers that change leave out the optimiser's next step.
     """
 
     fraction: float = field(default=0.3, kw_only=True)

@@ -10,12 +10,12 @@ from sparsetrain.sparsity.rigl import RigL
 
 @dataclass
 class GraNet(RigL):
-    """RigL whose layers lose weights by the cubic schedule of GMP, from `initial` sparsity on to `sparsity`, before each
-    drop and growth.
+    """RigL whose layers lose weights by the cubic schedule of GMP, from `initial` sparsity on to `sparsity`, before
+    each drop and growth.
 
     Source: Liu et al., Sparse Training via Boosting Pruning Plasticity with Neuroregeneration, NeurIPS 2021, arXiv
-    2106.10404, the sparse-to-sparse form (initial 0.5; fraction 0.5 there). The schedule's targets follow `distribution`
-    at each update; there the least of all layers go.
+    2106.10404, the sparse-to-sparse form (initial 0.5; fraction 0.5 there). The schedule's targets follow
+    `distribution` at each update; there the least of all layers go.
     """
 
     initial: float = 0.5

@@ -226,8 +226,8 @@ class Timed(Method):
 
 
 class Layer:
-    """A layer whose weights come and go. dropped, grown: weights since the last report. explored: a bit for each weight,
-    set where it existed at some time."""
+    """A layer whose weights come and go. dropped, grown: weights since the last report. explored: a bit for each
+    weight, set where it existed at some time."""
 
     def __init__(self, name, module):
         self.name, self.module = name, module
@@ -242,7 +242,8 @@ class Layer:
         return math.prod(self.weight.shape)
 
     def rewire(self, kept, grown):
-        """Drop the stored weights where `kept` (nnz) is false, then grow those at the positions `grown`, in any order."""
+        """Drop the stored weights where `kept` (nnz) is false, then grow those at the positions `grown`, in any
+        order."""
         self.dropped += int(len(kept) - np.count_nonzero(kept))
         self.grown += len(grown)
         self.weight.rewire(kept, np.sort(np.asarray(grown, np.int64)))
@@ -282,8 +283,8 @@ class Layer:
 
 
 class Probe:
-    """The largest gradients of weights that are not stored: a block of rows of the gradient at a time, of which only the
-    best so far are kept, so that no array of the dense weight's size is ever there."""
+    """The largest gradients of weights that are not stored: a block of rows of the gradient at a time, of which only
+    the best so far are kept, so that no array of the dense weight's size is ever there."""
 
     BLOCK = 1 << 18  # weights of a block, 1 MB
 

@@ -43,7 +43,8 @@ class NM(Timed):
         for layer in self.layers:
             why = None
             if layer.weight.shape[1] % self.m:
-                why = f"has {layer.weight.shape[1]} input channels a group, must be a multiple of m = {self.m}: exclude it"
+                channels = layer.weight.shape[1]
+                why = f"has {channels} input channels a group, must be a multiple of m = {self.m}: exclude it"
             elif begin and not layer.weight.structure.dense:
                 why = "is sparse already, NM chooses among all weights"
             if why is not None:

@@ -35,9 +35,9 @@ def snip(model, weights, batches, loss=None):
 def grasp(model, weights, batches, loss=None, temperature=200.0, reach=1e-2):
     """w H g: how much of the squared gradient norm is lost, to first order, without the weight.
 
-    Source: Wang, Zhang & Grosse, GraSP, ICLR 2020, arXiv 2002.07376, equation 8 (there the score is its negative, and the
-    largest are removed), outputs divided by the temperature as in its code. H g is not differentiated but the difference
-    of the gradients at w + e g and w - e g, divided by 2 e; e g has `reach` times the norm of w.
+    Source: Wang, Zhang & Grosse, GraSP, ICLR 2020, arXiv 2002.07376, equation 8 (there the score is its negative, and
+    the largest are removed), outputs divided by the temperature as in its code. H g is not differentiated but the
+    difference of the gradients at w + e g and w - e g, divided by 2 e; e g has `reach` times the norm of w.
     """
     loss = loss or nn.cross_entropy
     _gradients(model, batches, loss, temperature)

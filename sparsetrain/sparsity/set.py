@@ -10,11 +10,12 @@ from sparsetrain.sparsity.drop_grow import DropGrow
 
 @dataclass
 class SET(DropGrow):
-    """At each update the weights nearest to zero go, the same share of the positive and of the negative ones, and as many
-    grow at random places.
+    """At each update the weights nearest to zero go, the same share of the positive and of the negative ones, and as
+    many grow at random places.
 
     Source: Mocanu et al., Nature Communications 9, 2383 (2018), arXiv 1707.04780, whose fraction stays the same
-    (zeta = 0.3) and whose layers are Erdos-Renyi ("erk" here); it changes them after each epoch (unit="epochs", every=1).
+    (zeta = 0.3) and whose layers are Erdos-Renyi ("erk" here); it changes them after each epoch (unit="epochs",
+    every=1).
     """
 
     anneal: bool = False

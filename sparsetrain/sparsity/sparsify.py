@@ -62,11 +62,11 @@ def sparsify(
 ):
     """Remove the fraction `sparsity` in [0, 1) of the weights of convolutions and linear layers, in place.
 
-    method: "magnitude" removes the smallest, "random" any, "snip" and "grasp" those that the gradients of a few batches say
-    least about (sparsity.scores): batches is a list of (x, y), loss a function (outputs, y) -> (loss, gradient),
-    nn.cross_entropy unless given. distribution: "uniform" (the same sparsity in each layer), "erk" (small layers keep
-    more) or "global" (the best scores of all layers together). include, exclude: layer names or globs ("0",
-    "3.body.*"). The number of weights removed is exact to one weight. A layer that is sparse already only loses
+    method: "magnitude" removes the smallest, "random" any, "snip" and "grasp" those that the gradients of a few
+    batches say least about (sparsity.scores): batches is a list of (x, y), loss a function (outputs, y) -> (loss,
+    gradient), nn.cross_entropy unless given. distribution: "uniform" (the same sparsity in each layer), "erk" (small
+    layers keep more) or "global" (the best scores of all layers together). include, exclude: layer names or globs
+    ("0", "3.body.*"). The number of weights removed is exact to one weight. A layer that is sparse already only loses
     weights: where it has fewer than its share it stays as it is. Optimiser slots follow. Returns the model.
     """
     sparsity = checks.fraction("sparsity", sparsity)

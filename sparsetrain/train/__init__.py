@@ -8,6 +8,7 @@ from sparsetrain.train.callbacks import (
     EpochLines,
     Progress,
 )
+from sparsetrain.train.free_tickets import FreeTickets
 from sparsetrain.train.history import History
 from sparsetrain.train.trainer import Trainer, TrainingDiverged
 
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "EarlyStopping",
     "EpochLines",
+    "FreeTickets",
     "History",
     "Progress",
     "Trainer",

@@ -2,14 +2,14 @@
 
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sparsetrain import checks, nn
-from sparsetrain.arrays import unpack
 from sparsetrain import sparsity as weights
+from sparsetrain.arrays import unpack
 from sparsetrain.backprop import Method
 from sparsetrain.nn.module import evaluating
 from sparsetrain.train import checkpoint
@@ -27,8 +27,8 @@ class Trainer:
     loss: a function (outputs, y) -> (loss, gradient); label_smoothing needs cross_entropy.
     schedule: a function of the step that sets optimizer.lr before each step, or None.
     backprop: a method of `backprop` that says which values of the output gradients are used; None: all, but for
-    layers that a method was attached to by hand. sparsity: a method of `sparsity` that says which weights exist, and when
-    that changes; None: those that exist now. callbacks: `Callback` objects, called in this order.
+    layers that a method was attached to by hand. sparsity: a method of `sparsity` that says which weights exist, and
+    when that changes; None: those that exist now. callbacks: `Callback` objects, called in this order.
 
     Data are batches (x, y) from anything that can be iterated over once an epoch, such as
     `data.Batches`; where it has an `epoch` attribute, that is set before each pass. Accuracy is
@@ -134,7 +134,7 @@ class Trainer:
         Returns {"loss", "accuracy"}. TrainingDiverged if the loss is not finite.
         """
         means = Means()
-        with self._evaluating():
+        with self.effective_weights(), evaluating(self.model):
             for x, y in batches:
                 outputs = self.model(x)
                 loss, _ = self.loss(outputs, y)
@@ -151,16 +151,16 @@ class Trainer:
         if isinstance(data, np.ndarray):
             size = checks.integer("batch_size", batch_size, low=1)
             data = [data[i : i + size] for i in range(0, len(data), size)]
-        with self._evaluating():
+        with self.effective_weights(), evaluating(self.model):
             outputs = [self.model(b[0] if isinstance(b, tuple) else b) for b in data]
         if not outputs:
             raise ValueError("data is empty, must hold at least one input")
         return np.concatenate(outputs)
 
-    @contextmanager
-    def _evaluating(self):
-        with nullcontext() if self.sparsity is None else self.sparsity.applied(), evaluating(self.model):
-            yield
+    def effective_weights(self):
+        """Within this context, layers have the weights that the method of sparsity means them to have, which NM's are
+        not while it trains."""
+        return nullcontext() if self.sparsity is None else self.sparsity.applied()
 
     def save(self, path):
         """Write a checkpoint, replacing path as a whole. See `resume`."""
