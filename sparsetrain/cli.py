@@ -140,6 +140,12 @@ OPTIONS = {
         "where data sets lie (default: see sparsetrain info)",
     ),
     "out": (None, {"metavar": "FOLDER"}, "new run folder (default: runs/DATA-MODEL-TIME)"),
+    "checkpoint-every": (
+        None,
+        {"type": int},
+        "write the checkpoint after every so many steps, too (default: epochs only)",
+    ),
+    "keep": (1, {"type": int}, "checkpoints to keep: the last, and those before it"),
     "compare": (
         True,
         {"action": argparse.BooleanOptionalAction},
@@ -211,7 +217,7 @@ def _parser():
         OPTIONS,
         help="train a model on images",
         description="Train a model with sparse weights on images, and the same model dense to "
-        "compare. Writes a run folder with config.json, history.csv, checkpoint.npz (the dense "
+        "compare. Writes a run folder with config.json, history.csv, checkpoint.safetensors (the dense "
         "model's in dense/), and curves.png where matplotlib is installed.",
     )
     profile_command.add_parser(commands)
@@ -268,13 +274,14 @@ def _options(given):
         "data": data.NAMES,
         "model": MODELS,
         "method": METHODS,
-        "distribution": (None, *DISTRIBUTIONS),
+        "distribution": DISTRIBUTIONS,
         "optimizer": tuple(OPTIMIZERS),
         "schedule": SCHEDULES,
         "backprop": BACKPROP,
     }
     for name, allowed in choices.items():
-        checks.one_of(f"--{name}", getattr(o, name), allowed)
+        if getattr(o, name) is not None:
+            checks.one_of(f"--{name}", getattr(o, name), allowed)
     checks.integer("--epochs", o.epochs, low=1)
     checks.integer("--batch-size", o.batch_size, low=1)
     checks.integer("--warmup", o.warmup, low=0, high=o.epochs)
@@ -381,14 +388,14 @@ def _changing(o, steps, exclude=()):
 def _trainer(o, dataset, train, sparse, folder, name, method):
     """The trainer of one net, as its last checkpoint in the folder left it if there is one."""
     steps = len(train)
-    checkpoint = folder / "checkpoint.npz"
+    checkpoint = folder / "checkpoint.safetensors"
     show = Progress(label=name) if sys.stderr.isatty() else EpochLines(label=name)
     settings = {
         "schedule": _schedule(o, steps),
         "callbacks": [
             *([] if o.quiet else [show]),
             CSVLog(folder / "history.csv"),
-            Checkpoint(checkpoint),
+            Checkpoint(checkpoint, steps=o.checkpoint_every, keep=o.keep),
         ],
     }
     st.manual_seed(o.seed)  # sparse and dense start from the same weights
@@ -429,7 +436,7 @@ def _fit(trainer, train, test, epochs, folder):
     try:
         return not trainer.fit(train, epochs - trainer.epoch, test).interrupted
     except TrainingDiverged as error:
-        kept = folder / "checkpoint.npz"
+        kept = folder / "checkpoint.safetensors"
         raise TrainingDiverged(f"{error}; the last good checkpoint is {kept}") from error
 
 

@@ -56,12 +56,12 @@ def test_train_writes_a_run_folder(folder, capsys):
     assert config["ran_with"]["threads"] == 1
     for place in (run, run / "dense"):
         assert [row["epoch"] for row in history(place / "history.csv")] == ["1", "2"]
-    trainer = Trainer.resume(run / "checkpoint.npz", schedule=None)
+    trainer = Trainer.resume(run / "checkpoint.safetensors", schedule=None)
     assert trainer.epoch == 2
     weights = [p for p in trainer.model.parameters() if len(p.shape) > 1]
     assert 1 - sum(p.nnz for p in weights) / sum(np.prod(p.shape) for p in weights) > 0.85
     names = {path.name for path in run.iterdir()}
-    assert names - {"curves.png"} == {"config.json", "history.csv", "checkpoint.npz", "dense"}
+    assert names - {"curves.png"} == {"config.json", "history.csv", "checkpoint.safetensors", "dense"}
 
     out, err = capsys.readouterr()
     assert err == ""
@@ -174,8 +174,8 @@ def error_line(capsys):
 def test_divergence_keeps_the_checkpoint(folder, capsys):
     assert cli.main(["train", *FAST, "--lr", "1e30", "--out", "run"]) == 2
     line = error_line(capsys)
-    assert "step" in line and "the last good checkpoint is run/checkpoint.npz" in line
-    assert Trainer.resume("run/checkpoint.npz", schedule=None).epoch == 0
+    assert "step" in line and "the last good checkpoint is run/checkpoint.safetensors" in line
+    assert Trainer.resume("run/checkpoint.safetensors", schedule=None).epoch == 0
 
 
 @pytest.mark.parametrize(

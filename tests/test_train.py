@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 
 import numpy as np
@@ -21,6 +20,7 @@ from sparsetrain.train import (
     Progress,
     Trainer,
     TrainingDiverged,
+    checkpoint,
 )
 
 
@@ -188,13 +188,13 @@ def test_labels_out_of_range():
 
 
 def test_interrupt_returns_the_history_so_far(tmp_path):
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.safetensors"
     log = tmp_path / "history.csv"
     run = trainer(callbacks=[CSVLog(log), Checkpoint(path), At(17, raise_interrupt)])
     history = run.fit(batches(), 5)
     assert history.interrupted
     assert len(history) == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.npz", "history.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "history.csv"]
     again = Trainer.resume(path)
     assert (again.epoch, again.step) == (2, 14)
     assert again.fit(batches(), 1).interrupted is False
@@ -219,7 +219,7 @@ def poison(name):
 
 
 def test_nan_names_step_and_layer_and_keeps_the_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.safetensors"
     run = trainer(callbacks=[Checkpoint(path), At(9, poison("3.body.1.weight"))])
     with pytest.raises(TrainingDiverged, match=r"step 10 .*layer 3\.body\.1 \(BatchNorm2d\)"):
         run.fit(batches(), 3)
@@ -229,7 +229,7 @@ def test_nan_names_step_and_layer_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_nan_in_the_last_step_is_not_saved(tmp_path):
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.safetensors"
     run = trainer(callbacks=[At(7, poison("8.bias")), Checkpoint(path)])
     with pytest.raises(TrainingDiverged, match=r"8\.bias is no longer finite after step 7"):
         run.fit(batches(), 1)
@@ -333,7 +333,7 @@ def test_progress_is_for_terminals(capsys):
 
 @pytest.mark.parametrize("kind", [optim.SGD, optim.Adam, optim.AdamW])
 def test_resume_goes_on_bit_for_bit(tmp_path, kind):
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.safetensors"
     settings = {"schedule": optim.cosine(0.05, 28), "label_smoothing": 0.1}
     whole = trainer(network(dropout=0.3), kind, **settings)
     whole.fit(batches(crop=1), 2, batches())
@@ -349,7 +349,7 @@ def test_resume_goes_on_bit_for_bit(tmp_path, kind):
 
 
 def test_resume_into_a_given_model(tmp_path):
-    path = tmp_path / "checkpoint.npz"
+    path = tmp_path / "checkpoint.safetensors"
     run = trainer()
     run.fit(batches(), 1)
     run.save(path)
@@ -367,12 +367,12 @@ def test_resume_into_a_given_model(tmp_path):
 def test_removed_weights_are_not_stored(tmp_path):
     run = trainer(network(0.9))
     run.fit([images(32)], 1)
-    run.save(tmp_path / "c.npz")
-    with np.load(tmp_path / "c.npz", allow_pickle=False) as file:
-        for name, parameter in run.model.named_parameters():
-            assert file[f"parameter/{name}/data"].shape == parameter.data.shape
-            assert file[f"slot/{name}/momentum"].size == parameter.nnz
-        assert json.loads(file["meta"].tobytes())["epoch"] == 1
+    run.save(tmp_path / "c.safetensors")
+    meta, arrays = checkpoint.read(tmp_path / "c.safetensors")
+    for name, parameter in run.model.named_parameters():
+        assert arrays[f"parameter/{name}/data"].shape == parameter.data.shape
+        assert arrays[f"slot/{name}/momentum"].size == parameter.nnz
+    assert meta["epoch"] == 1
 
 
 class Passing(nn.Module):
@@ -383,7 +383,7 @@ class Passing(nn.Module):
 
 
 def test_a_foreign_layer_needs_its_model(tmp_path):
-    path = tmp_path / "c.npz"
+    path = tmp_path / "c.safetensors"
 
     def make():
         return nn.Sequential(nn.Flatten(), nn.Sequential(Passing()), nn.Linear(64, 4))
@@ -396,7 +396,7 @@ def test_a_foreign_layer_needs_its_model(tmp_path):
 
 
 def test_what_a_file_cannot_hold_must_be_given(tmp_path):
-    path = tmp_path / "c.npz"
+    path = tmp_path / "c.safetensors"
     trainer(schedule=optim.constant(0.1)).save(path)
     with pytest.raises(ValueError, match="give schedule="):
         Trainer.resume(path)
@@ -432,7 +432,7 @@ def changed_network(change):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, change, message):
-    path = tmp_path / "c.npz"
+    path = tmp_path / "c.safetensors"
     trainer(changed_network(None)).save(path)
     model = changed_network(change)
     before = {name: array.copy() for name, array in model.state_dict().items()}
@@ -443,7 +443,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, change, messag
 
 
 def test_an_optimizer_that_does_not_fit(tmp_path):
-    path = tmp_path / "c.npz"
+    path = tmp_path / "c.safetensors"
     trainer().save(path)
     model = network()
     with pytest.raises(ValueError, match="ran with SGD, this is Adam"):
@@ -456,7 +456,7 @@ def test_an_optimizer_that_does_not_fit(tmp_path):
 
 
 def test_damaged_files(tmp_path):
-    path = tmp_path / "c.npz"
+    path = tmp_path / "c.safetensors"
     trainer().save(path)
     whole = path.read_bytes()
     np.savez(tmp_path / "other.npz", a=np.zeros(3))

@@ -28,6 +28,7 @@ def to_quads(float[:, :, :, :, :] x, int32_t[:, :, :, :, :] quads, halo, double 
         long chunks = chunks_of(n, threads)
         float inverse = 1 / scale
     quads_of(x, quads)
+    q.row = (s.width + 2 * columns) * 16  # NumPy exports any stride for an axis of length 1
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.int8_to_quads(s, xv, q, rows, columns, inverse, zero, n * c // chunks, n * (c + 1) // chunks)
 

@@ -44,8 +44,6 @@ class Dithered(Method):
             raise ValueError(f"bits is {self.bits!r}, must be 8 or None")
         if self.precision not in (None, 8):
             raise ValueError(f"precision is {self.precision!r}, must be 8 or None")
-        if self.precision == 8:
-            self.bits = 8
 
     def forward(self, x, weight, bias, geometry, halo, relu):
         if self.precision is None:
@@ -72,7 +70,7 @@ class Dithered(Method):
         step = s * sparse_gradient.standard_deviation(dy)
         if s <= EXACT or not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
             return None
-        return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None else 127)
+        return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None and self.precision is None else 127)
 
     def after(self, layer, dy, used):
         if self.sparsity is not None and used is not None:

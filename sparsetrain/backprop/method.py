@@ -116,10 +116,11 @@ class Method:
                 return replace(self, layers={}, exclude=(), **arguments)
         return replace(self, layers={}, exclude=())
 
-    def begin_epoch(self, epoch, steps=None):
-        """Say that an epoch (from 0) of so many steps begins, which some methods depend on. A Trainer does."""
+    def begin_epoch(self, epoch, steps=None, step=0):
+        """Say that an epoch (from 0) of so many steps begins, or goes on at `step`, which some methods depend on. A
+        Trainer does."""
         for layer in self.attached:
-            layer.epoch, layer.step, layer.steps = epoch, 0, steps
+            layer.epoch, layer.step, layer.steps = epoch, step, steps
 
     def report(self):
         """{layer: {"values", "gradient_sparsity", "ms", "angle", "clipped"}}, means over the backward passes since
@@ -216,10 +217,17 @@ class Layer:
     def get_state(self):
         density = {} if self.density is None else {"density": self.density}
         state = {f"state.{k}": copy.copy(v) for k, v in self.state.items()}
-        return {"passes": self.passes, **density, **state}
+        counts = [self._ms, self._used, self._values, self._clipped, self._passes]
+        report = {"report": np.array([*counts, *self._angles], np.float64)} if self._passes else {}
+        return {"passes": self.passes, **density, **report, **state}
 
     def set_state(self, saved):
         self.passes = int(saved.get("passes", 0))
         self.density = float(saved["density"]) if "density" in saved else None
+        self._start_report()
+        if "report" in saved:
+            self._ms, *counts = (float(n) for n in saved["report"][:5])
+            self._used, self._values, self._clipped, self._passes = map(int, counts)
+            self._angles = [float(angle) for angle in saved["report"][5:]]
         prefix = "state."
         self.state = {k.removeprefix(prefix): copy.copy(v) for k, v in saved.items() if k.startswith(prefix)}

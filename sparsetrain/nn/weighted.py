@@ -1,13 +1,32 @@
 """What convolutions and linear layers have in common."""
 
 import math
+from contextlib import contextmanager
+
+import numpy as np
 
 from sparsetrain import ops, rng
 from sparsetrain.sparse import Parameter
 
+_blank = False  # whether new weights are zero
+
+
+@contextmanager
+def blank():
+    """Within it, new layers have weights of zero and draw no random numbers: for those that get others at once. Memory
+    that nobody writes to costs nothing, so that a large layer whose weights turn out few is no burden."""
+    global _blank
+    before, _blank = _blank, True
+    try:
+        yield
+    finally:
+        _blank = before
+
 
 def uniform(shape, fan_in):
     """A float32 Parameter uniform within +-1 / sqrt(fan_in), PyTorch's default for weights and biases."""
+    if _blank:
+        return Parameter(np.zeros(shape, np.float32))
     bound = 1 / math.sqrt(fan_in) if fan_in else 0
     return Parameter(rng.generator().uniform(-bound, bound, shape).astype("float32"))
 

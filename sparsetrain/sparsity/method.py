@@ -100,8 +100,8 @@ class Method:
             layer.module.probe = None
         self.layers = []
 
-    def begin_epoch(self, epoch, steps=None):
-        """Say that an epoch of so many steps begins, on which times in epochs depend. A Trainer does."""
+    def begin_epoch(self, epoch, steps=None, step=0):
+        """Say that an epoch of so many steps begins, or goes on at `step`. Times in epochs need it. A Trainer does."""
         self.steps_per_epoch = steps
 
     def begin_step(self):

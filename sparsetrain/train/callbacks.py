@@ -1,7 +1,9 @@
 """What happens around the training loop: progress, log, checkpoints, early stopping."""
 
+import os
 import shutil
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -96,17 +98,24 @@ class CSVLog(Callback):
 class Checkpoint(Callback):
     """Saves the run: before the first epoch and after every so many, or after each best epoch.
 
-    best: None, or the column whose best value so far an epoch must reach to be saved.
+    best: None, or the column whose best value so far an epoch must reach to be saved. steps: also save after every so
+    many steps. keep: how many files, the one at path and those it replaced: <name>-1.<suffix> is the last but one.
     """
 
-    def __init__(self, path, best=None, every=1):
-        self.path = path
+    def __init__(self, path, best=None, every=1, steps=None, keep=1):
+        self.path = Path(path)
         self.best = best if best is None else checks.one_of("best", best, MONITORS)
         self.every = checks.integer("every", every, low=1)
+        self.steps = steps if steps is None else checks.integer("steps", steps, low=1)
+        self.keep = checks.integer("keep", keep, low=1)
 
     def on_fit_begin(self, trainer, epochs):
         if self.best is None:
-            trainer.save(self.path)
+            self._save(trainer)
+
+    def on_batch_end(self, trainer, mean):
+        if self.steps is not None and trainer.step % self.steps == 0:
+            self._save(trainer)
 
     def on_epoch_end(self, trainer, row):
         if self.best is not None:
@@ -114,7 +123,19 @@ class Checkpoint(Callback):
         else:
             due = row["epoch"] % self.every == 0
         if due:
-            trainer.save(self.path)
+            self._save(trainer)
+
+    def _save(self, trainer):
+        if self.keep > 1 and self.path.exists():
+            for i in range(self.keep - 1, 1, -1):
+                if self._older(i - 1).exists():
+                    self._older(i - 1).replace(self._older(i))
+            self._older(1).unlink(missing_ok=True)
+            os.link(self.path, self._older(1))  # path itself is there all the time
+        trainer.save(self.path)
+
+    def _older(self, i):
+        return self.path.with_stem(f"{self.path.stem}-{i}")
 
 
 class EarlyStopping(Callback):

@@ -1,23 +1,25 @@
-"""A run as one .npz file: numbers only, never a pickle.
+"""A run as one safetensors file: numbers and JSON, never a pickle.
 
-Arrays: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz
-values, so removed weights are not there; "slot/<name>/<slot>"; "buffer/<name>". The rest is JSON in
-the bytes of "meta": how to build model, optimiser and methods again, counters, history, generator state;
-"backprop/<layer>/<name>" and "sparsity/<layer>/<name>" are the methods'.
+Tensors: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz values, so removed weights are
+not there; "slot/<name>/<slot>"; "buffer/<name>"; "backprop/<layer>/<name>" and "sparsity/<layer>/<name>", the methods'.
+The rest is JSON in the metadata's "sparsetrain": how to build model, optimiser and methods again, counters, history,
+generator state, version.
 """
 
 import dataclasses
 import inspect
 import json
-import zipfile
-import zlib
+from contextlib import contextmanager
 
 import numpy as np
+import safetensors.numpy
 
 from sparsetrain import backprop, nn, optim, rng, sparsity
 from sparsetrain.files import replacing
+from sparsetrain.nn.weighted import blank
 from sparsetrain.sparse import Parameter, SparseParameter
 from sparsetrain.train.history import History
+from sparsetrain.version import VERSION
 
 FORMAT = 2
 METHODS = {"backprop": backprop, "sparsity": sparsity}  # what a Trainer takes, and where its classes are
@@ -32,6 +34,7 @@ def save(trainer, path):
             raise ValueError(f"optimizer holds {name}, which is not a parameter of the model")
     meta = {
         "format": FORMAT,
+        "version": VERSION,
         "model": describe(trainer.model),
         "shapes": {name: list(p.shape) for name, p in trainer.model.named_parameters()},
         "optimizer": {
@@ -46,10 +49,12 @@ def save(trainer, path):
         **{kind: _describe_method(module, getattr(trainer, kind)) for kind, module in METHODS.items()},
         "step": trainer.step,
         "epoch": trainer.epoch,
+        "batch": trainer.batch,
+        "paused": trainer.paused,
         "history": list(trainer.history),
         "rng": rng.generator().bit_generator.state,
     }
-    arrays = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+    arrays = {}
     for name, parameter in trainer.model.named_parameters():
         arrays[f"parameter/{name}/data"] = parameter.data
         if isinstance(parameter, SparseParameter):
@@ -63,8 +68,9 @@ def save(trainer, path):
         method = getattr(trainer, kind)
         if method is not None:
             arrays |= {f"{kind}/{key}": np.asarray(value) for key, value in method.state_dict().items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with replacing(path, "wb") as file:
-        np.savez(file, **arrays)
+        file.write(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
 
 
 def resume(trainer_class, path, model, optimizer, settings):
@@ -72,41 +78,51 @@ def resume(trainer_class, path, model, optimizer, settings):
     meta, arrays = read(path)
     if optimizer is not None and model is None:
         raise ValueError("optimizer is given without model, it must hold that model's parameters")
-    if meta["schedule"] and "schedule" not in settings:
-        raise ValueError(
-            f"{path} ran with a schedule, a function that no file can hold: give schedule=, "
-            f"or schedule=None to go on with lr {meta['optimizer']['settings']['lr']}"
-        )
-    if meta["loss"] is None and "loss" not in settings:
-        raise ValueError(f"{path} ran with a loss that is not one of nn's: give loss=")
-    for kind, module in METHODS.items():
-        method = meta[kind]
-        if method is not None and method["class"] is None and kind not in settings:
-            raise ValueError(f"{path} ran with a method of {kind} of your own: give {kind}=")
-        if method is not None and kind not in settings:
-            settings[kind] = getattr(module, method["class"])(**method["settings"])
-    settings = {
-        "loss": meta["loss"] and getattr(nn, meta["loss"]),
-        "label_smoothing": meta["label_smoothing"],
-        **settings,
-    }
-    model = build(meta["model"]) if model is None else model
-    parameters = _parameters(path, meta, arrays, model)
-    buffers = _buffers(path, arrays, model)
-    names = meta["optimizer"]["parameters"]
-    if optimizer is None:
-        optimizer = _build_optimizer(path, meta["optimizer"], parameters)
-    else:
-        _check_optimizer(path, meta["optimizer"], optimizer, model)
+    with _sound(path):
+        if meta["schedule"] and "schedule" not in settings:
+            raise ValueError(
+                f"{path} ran with a schedule, a function that no file can hold: give schedule=, "
+                f"or schedule=None to go on with lr {meta['optimizer']['settings']['lr']}"
+            )
+        if meta["loss"] is None and "loss" not in settings:
+            raise ValueError(f"{path} ran with a loss that is not one of nn's: give loss=")
+        for kind, module in METHODS.items():
+            method = meta[kind]
+            if method is not None and method["class"] is None and kind not in settings:
+                raise ValueError(f"{path} ran with a method of {kind} of your own: give {kind}=")
+            if method is not None and kind not in settings:
+                settings[kind] = _known(path, module, method["class"], module.Method)(**method["settings"])
+        if "loss" not in settings:
+            settings["loss"] = _known(path, nn, meta["loss"], None)
+        settings.setdefault("label_smoothing", meta["label_smoothing"])
+        if model is None:
+            with blank():
+                model = build(meta["model"])
+        parameters = _parameters(path, meta, arrays, model)
+        buffers = _buffers(path, arrays, model)
+        names = meta["optimizer"]["parameters"]
+        if optimizer is None:
+            optimizer = _build_optimizer(path, meta["optimizer"], parameters)
+        else:
+            _check_optimizer(path, meta["optimizer"], optimizer, model)
+        counters = [int(meta[name]) for name in ("step", "epoch", "batch")]
+        steps = [int(n) for n in meta["optimizer"]["steps"]]
+        if min(counters + steps) < 0 or len(steps) != len(names):
+            raise ValueError(f"{path}: counters {counters} and steps of {len(steps)} parameters cannot be")
+        history, paused = History([dict(row) for row in meta["history"]]), meta["paused"]
+        generator = np.random.default_rng()
+        generator.bit_generator.state = meta["rng"]
     method = settings.pop("sparsity", None)
     trainer = trainer_class(model, optimizer, **settings)
-    if method is not None:
-        trainer.sparsity = method.attach(model, begin=False)
-    for kind in METHODS:
-        method, prefix = getattr(trainer, kind), f"{kind}/"
-        if method is not None and meta[kind] is not None:
-            state = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
-            method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
+    trainer.sparsity = method
+    with _sound(path):
+        if method is not None:
+            method.attach(model, begin=False)
+        for kind in METHODS:
+            method, prefix = getattr(trainer, kind), f"{kind}/"
+            if method is not None and meta[kind] is not None:
+                state = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+                method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
 
     # Everything fits: from here on nothing can fail.
     for name, parameter in parameters.items():
@@ -115,11 +131,28 @@ def resume(trainer_class, path, model, optimizer, settings):
     for name, buffer in model.named_buffers():
         buffer[...] = buffers[name]
     optimizer.params = [parameters[name] for name in names]
-    optimizer.steps = list(meta["optimizer"]["steps"])
-    trainer.step, trainer.epoch = meta["step"], meta["epoch"]
-    trainer.history = History(meta["history"])
+    optimizer.steps = steps
+    trainer.step, trainer.epoch, trainer.batch = counters
+    trainer.history, trainer.paused = history, paused
     rng.generator().bit_generator.state = meta["rng"]
     return trainer
+
+
+@contextmanager
+def _sound(path):
+    """Within it, what only a damaged or forged file can cause is a ValueError that says so."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path} is not a sound checkpoint: {type(error).__name__}: {error}") from error
+
+
+def _known(path, module, name, base):
+    """What a module exports by this name; ValueError if that is no function or, with base, no subclass of it."""
+    found = getattr(module, name) if isinstance(name, str) and name in module.__all__ else None
+    if not callable(found) or (base is not None and not (isinstance(found, type) and issubclass(found, base))):
+        raise ValueError(f"{path} names {name!r}, which {module.__name__} does not have")
+    return found
 
 
 def _describe_method(module, method):
@@ -132,13 +165,12 @@ def _describe_method(module, method):
 def read(path):
     """The metadata and the arrays of the checkpoint at path; ValueError if it is not one."""
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            arrays = {key: archive[key] for key in archive.files}
-        meta = json.loads(arrays.pop("meta").tobytes())
+        with safetensors.safe_open(path, framework="np") as file:
+            meta = json.loads((file.metadata() or {})["sparsetrain"])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         version = meta["format"]
-    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, AttributeError) as e:
-        raise ValueError(f"{path} is not a checkpoint of sparsetrain, or is damaged ({e})") from e
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a checkpoint of sparsetrain, or is damaged ({error})") from error
     if version != FORMAT:
         raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
     return meta, arrays
@@ -174,7 +206,7 @@ def build(description):
             f"the saved model has a layer of class {description['foreign']}, which is not "
             "sparsetrain's own: give resume() a model= to fill"
         )
-    kind = getattr(nn, description["class"])
+    kind = _known("the saved model", nn, description["class"], nn.Module)
     if "layers" in description:
         return kind(*(build(layer) for layer in description["layers"]))
     return kind(**{name: _argument(v) for name, v in description["arguments"].items()})
@@ -212,12 +244,18 @@ def _parameters(path, meta, arrays, model):
         if f"parameter/{name}/indptr" in arrays:
             structure = (arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices"))
             parameters[name] = SparseParameter(tuple(shape), *structure, data)
-        else:
+        elif data.shape == tuple(shape):
             parameters[name] = Parameter(data)
+        else:
+            raise ValueError(f"{path}: {name} has values of shape {data.shape}, must be {tuple(shape)}")
         prefix = f"slot/{name}/"
-        for key in arrays:
+        for key, slot in arrays.items():
             if key.startswith(prefix):
-                parameters[name].slots[key[len(prefix) :]] = arrays[key]
+                if (slot.shape, slot.dtype) != (data.shape, data.dtype):
+                    raise ValueError(
+                        f"{path}: {key} is {slot.dtype} {slot.shape}, must be {data.dtype} {data.shape} as its weights"
+                    )
+                parameters[name].slots[key[len(prefix) :]] = slot
     return parameters
 
 
@@ -244,7 +282,7 @@ def _same_names(path, what, saved, present):
 def _build_optimizer(path, saved, parameters):
     if saved["class"] is None:
         raise ValueError(f"{path} ran with an optimiser of your own: give model= and optimizer=")
-    kind = getattr(optim, saved["class"])
+    kind = _known(path, optim, saved["class"], optim.Optimizer)
     return kind([(name, parameters[name]) for name in saved["parameters"]], **saved["settings"])
 
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import itertools
 import math
 import time
 from contextlib import nullcontext
@@ -34,7 +35,8 @@ class Trainer:
     `data.Batches`; where it has an `epoch` attribute, that is set before each pass. Accuracy is
     measured where outputs are (N, K) and y is (N,) integers, else it is None.
 
-    `step` and `epoch` count what is done; `history` holds a row for each epoch.
+    `step` and `epoch` count what is done, `batch` what is done of the present epoch; `history` holds a row for each
+    epoch.
     """
 
     def __init__(
@@ -71,11 +73,14 @@ class Trainer:
         self.history = History()
         self.step = 0
         self.epoch = 0
+        self.batch = 0
+        self.paused = None  # the state of the Means of an epoch that was left in the middle
         self.stop = False
 
     def fit(self, train, epochs, validation=None):
         """Train for so many more epochs and return the history of the whole run.
 
+        An epoch that was left in the middle, by Ctrl-C or in a checkpoint, is gone on with, and counts as one.
         validation: batches on which to `evaluate` after each epoch. Ctrl-C ends the run and
         returns the history so far with `interrupted` True. TrainingDiverged, naming the step and
         the layer, when the loss or a weight is not finite; files already written stay. Meanwhile
@@ -170,7 +175,8 @@ class Trainer:
     def resume(cls, path, model=None, optimizer=None, **settings):
         """The Trainer that was saved at path, ready to go on.
 
-        After an epoch's end, going on gives bit for bit what the uninterrupted run gives.
+        Going on gives bit for bit what the uninterrupted run gives, in the middle of an epoch too if the data give the
+        same batches in each pass of a number, as `data.Batches` do.
         model and optimizer are rebuilt unless given; a given optimizer must hold the given
         model's parameters, and keeps its settings. settings are Trainer's own: label_smoothing
         is restored unless given; a loss of your own and a schedule are functions, which a file
@@ -187,11 +193,12 @@ class Trainer:
         self.model.train()
         for method in (self.sparsity, self.backprop):
             if method is not None:
-                method.begin_epoch(self.epoch, steps)
-        means = Means()
-        for x, y in train:
+                method.begin_epoch(self.epoch, steps, self.batch)
+        means = Means(**self.paused) if self.batch else Means()
+        for x, y in itertools.islice(train, self.batch, None):
             loss, outputs = self.train_step(x, y)
             means.add(loss, outputs, y)
+            self.batch, self.paused = self.batch + 1, means.state()
             self._call("on_batch_end", means.result("train") | means.speed())
         row = {"epoch": self.epoch + 1, "step": self.step} | means.result("train")
         row |= {"val_loss": None, "val_accuracy": None, "lr": self.optimizer.lr}
@@ -200,7 +207,7 @@ class Trainer:
         self._check_weights()
         if validation is not None:
             row |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
-        self.epoch += 1
+        self.epoch, self.batch = self.epoch + 1, 0
         self.history.append(row)
         self._call("on_epoch_end", row)
 
@@ -248,11 +255,13 @@ class Trainer:
 class Means:
     """Running means of loss and accuracy over the images of an epoch, and their speed."""
 
-    def __init__(self):
-        self.images = 0
-        self.loss = 0.0
-        self.correct = 0
-        self.start = time.perf_counter()
+    def __init__(self, images=0, loss=0.0, correct=0, time_s=0.0):
+        self.images, self.loss, self.correct = images, loss, correct
+        self.start = time.perf_counter() - time_s
+
+    def state(self):
+        """Arguments for one that goes on from here."""
+        return {"images": self.images, "loss": self.loss, "correct": self.correct, "time_s": self.time_s()}
 
     def add(self, loss, outputs, y):
         self.images += len(outputs)

@@ -6,11 +6,14 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+import reference as ref
 import sparsetrain as st
-from backward_passes import KINDS, Passes
-from sparsetrain import arrays, backprop, nn, plans, sparse_gradient
+from backward_passes import KINDS, Passes, close
+from quadrants import images
+from sparsetrain import arrays, backprop, data, int8, nn, optim, plans, sparse_gradient, sparsify
 from sparsetrain.backprop import Dithered
-from sparsetrain.sparse import Parameter
+from sparsetrain.sparse import Parameter, SparseParameter
+from sparsetrain.train import Trainer
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -319,6 +322,245 @@ def test_the_step_changes_by_a_factor_of_2_at_most():
         assert passes.state["s"] == pytest.approx(1e-3 * 2 ** (t + 1))
 
 
+# ---- training in 8 bits
+
+
+def rounded_operands(passes, x=None):
+    """x as the layer reads it. The reference has its rounded weights from now on."""
+    weight = passes.module.weight
+    found = int8.round_weight(weight)
+    values = found.levels * np.float64(found.scale)
+    passes.dense = np.zeros(weight.shape)
+    passes.dense[weight.mask if isinstance(weight, SparseParameter) else ...] = values.reshape(weight.data.shape)
+    return arrays.unpack(int8.quantize(arrays.pack(passes.x if x is None else x)).restored())
+
+
+def seeded(kind, **arguments):
+    """Passes of a Dithered, or of none without arguments, each with the same bias."""
+    st.manual_seed(0)
+    return Passes(kind, Dithered(**arguments) if arguments else None)
+
+
+def outputs(passes, x=None):
+    """What the layer makes of x, and what the reference does."""
+    x, module = passes.x if x is None else x, passes.module
+    if passes.kind == "linear":
+        return passes.model(x), ref.linear(x, passes.dense, module.bias.data)
+    return passes.model(x), ref.conv2d(x, passes.dense, module.bias.data, module.stride, module.padding)
+
+
+@kinds
+@pytest.mark.parametrize("sparsity", [None, 0.3, 0.8])
+def test_the_forward_pass_reads_rounded_x_and_weights(sparsity, kind, isa):
+    passes = Passes(kind, Dithered(precision=8), sparsity=sparsity)
+    found, plain = outputs(passes)
+    assert abs(found - plain).max() > 1e-3  # it is not that of the numbers themselves
+    x = rounded_operands(passes)
+    close(found, outputs(passes, x)[1])
+    with nn.no_grad():
+        np.testing.assert_array_equal(passes.model.eval()(passes.x), found)
+
+
+@kinds
+@pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "sparse"])
+def test_both_products_of_8_bits_use_the_same_sample_and_rounded_operands(sparsity, kind, kernel, isa):
+    shown = Passes(kind, Dithered(bits=8), identity=True)
+    passes = Passes(kind, Dithered(precision=8), identity=True, sparsity=sparsity)
+    passes.module.weight.set_dense(
+        passes.dense * np.linspace(0.5, 3, 6, dtype=np.float32).reshape(-1, *(1,) * (passes.dense.ndim - 1))
+    )
+    x = rounded_operands(passes)
+    for t in range(2):
+        dy = passes.gradient(t)
+        used = shown.step(dy)[0]
+        assert 0 < np.count_nonzero(used) < dy.size
+        passes.check(passes.step(dy), used, dy, x)
+
+
+@kinds
+def test_the_mean_of_both_gradients_is_that_of_the_rounded_operands(kind):
+    passes = Passes(kind, Dithered(3.0, precision=8))
+    dy, x = passes.gradient(), rounded_operands(passes)
+    draws = list(zip(*(passes.step(dy) for _ in range(400)), strict=True))
+    assert passes.method.report()["0"]["clipped"] == 0
+    for found, exact in zip(draws[:2], passes.reference(dy, x), strict=False):
+        found = np.stack(found).astype(np.float64)
+        error = found.std(0, ddof=1) / sqrt(len(found))
+        assert error.max() > 0
+        assert (abs(found.mean(0) - exact) <= 5.5 * error + 1e-6 * abs(exact).max()).all()
+
+
+@kinds
+@pytest.mark.parametrize("value", [1.0, -3e-5])
+@pytest.mark.parametrize("sparsity", [None, 0.6], ids=["dense", "sparse"])
+def test_a_constant_gradient_meets_the_rounded_operands_as_it_is(sparsity, value, kind):
+    passes = Passes(kind, Dithered(precision=8), sparsity=sparsity)
+    dy, x = np.full(passes.shape, value, np.float32), rounded_operands(passes)
+    for found, exact in zip(passes.step(dy), passes.reference(dy, x), strict=True):
+        close(found, exact)
+    assert passes.method.report()["0"]["gradient_sparsity"] == 0
+
+
+@kinds
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_what_is_not_finite_shows_and_the_pass_is_one_of_floats(where, value, kind, kernel):
+    passes, floats = seeded(kind, precision=8), seeded(kind, bits=8)
+    for p in (passes, floats):
+        (p.x if where == "x" else p.module.weight.data)[(-1,) * p.x.ndim] = value
+    y = passes.model(passes.x)
+    assert not np.isfinite(y).all()
+    np.testing.assert_array_equal(y, floats.model(floats.x))
+    dy = passes.gradient()
+    found, expected = passes.step(dy), floats.step(dy)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.isfinite(found[1 if where == "x" else 0]).all()
+
+
+@kinds
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_shows_in_8_bits(value, kind):
+    passes = Passes(kind, Dithered(precision=8))
+    dy = passes.gradient()
+    dy.reshape(-1)[-1] = value
+    for found in passes.step(dy):
+        assert not np.isfinite(found).all()
+
+
+@kinds
+def test_the_forward_pass_is_exact_again_after_detach(kind):
+    passes, plain = seeded(kind, precision=8), seeded(kind)
+    rounded_y = passes.model(passes.x)
+    passes.method.detach()
+    exact = plain.model(plain.x)
+    np.testing.assert_array_equal(passes.model(passes.x), exact)
+    assert (rounded_y != exact).any()
+    for a, b in zip(passes.step(passes.gradient()), plain.step(plain.gradient()), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@kinds
+def test_precision_8_clips_counts_and_drops_what_bits_8_does(kind, kernel):
+    reports = []
+    for s in (0.01, 2.0):
+        for bits in ({"precision": 8}, {"bits": 8}):
+            passes = Passes(kind, Dithered(s, angles=True, **bits))
+            passes.step(passes.gradient())
+            reports.append({k: v for k, v in passes.method.report()["0"].items() if k != "ms"})
+    assert reports[0] == reports[1] and reports[2] == reports[3]
+    assert 0 < reports[0]["clipped"] < 0.5 and reports[2]["clipped"] == 0
+    assert 10 < reports[2]["angle"] < 90
+
+
+def test_a_target_is_held_in_8_bits():
+    passes = Passes("linear", Dithered(8.0, sparsity=0.9, precision=8), n=3000)
+    for t in range(20):
+        passes.step(passes.gradient(t))
+    assert passes.method.report()["0"]["clipped"] == 0
+    passes.step(passes.gradient(20))
+    assert passes.method.report()["0"]["gradient_sparsity"] == pytest.approx(0.9, abs=0.02)
+
+
+def test_precision_of_some_layers():
+    st.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 6), nn.ReLU(), nn.Linear(6, 3))
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((50, 6)).astype(np.float32), rng.standard_normal((50, 3)).astype(np.float32)
+    seen, read = [], int8.conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "conv2d", lambda x, weight, *rest: seen.append(weight) or read(x, weight, *rest))
+        method = Dithered(layers={"2": {"precision": 8}}, exclude=("4",)).attach(model)
+        model(x)
+        model.backward(dy)
+        assert seen == [model[2].weight]
+        assert [layer.method.precision for layer in method.attached] == [None, 8]
+        seen.clear()
+        Dithered(precision=8, layers={"0": {"precision": None}}, exclude=("4",)).attach(model)
+        model(x)
+        assert seen == [model[2].weight]
+
+
+def test_a_float64_model_is_refused():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).to(np.float64)
+    Dithered(precision=8, exclude=("0",)).attach(model)
+    with pytest.raises(TypeError, match="layer '2'.*: products of 8 bits need float32, x is float64"):
+        model(np.ones((3, 6)))
+
+
+@kinds
+def test_any_thread_count_gives_the_same_bits_in_8_bits(kind, kernel):
+    results = set()
+    for threads in (1, 2, 5):
+        st.set_num_threads(threads)
+        st.manual_seed(0)
+        passes = Passes(kind, Dithered(precision=8), n=700 if kind == "linear" else 60)
+        found = [passes.model(passes.x), *passes.step(passes.gradient(0)), *passes.step(passes.gradient(1))]
+        results.add(b"".join(a.tobytes() for a in found))
+    assert len(results) == 1
+
+
+def test_both_kernels_of_8_bits_give_the_same_to_rounding(monkeypatch):
+    found = []
+    for skip in (True, False):
+        monkeypatch.setattr(sparse_gradient, "skips", lambda *_, skip=skip: skip)
+        run = trainer(0.5, momentum=0.0, lr=0.0)
+        run.fit(batches(), 1)
+        found.append([p.grad for p in run.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+def trainer(sparsity=0.0, momentum=0.5, lr=0.05):
+    """Of a small residual net, in 8 bits."""
+    st.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Residual(body), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 16, 16), nn.ReLU(), nn.Linear(16, 4),
+    )  # fmt: skip
+    if sparsity:
+        sparsify(model, sparsity)
+    return Trainer(model, optim.SGD(model.named_parameters(), lr=lr, momentum=momentum), backprop=Dithered(precision=8))
+
+
+def batches(n=200):
+    return data.Batches(*images(n), 32, shuffle=True, seed=3, drop_last=True)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_a_net_learns_in_8_bits(sparsity):
+    run = trainer(sparsity)
+    masks = [p.mask for p in run.model.parameters() if isinstance(p, SparseParameter)]
+    before = [p.data.copy() for p in run.model.parameters()]
+    history = run.fit(batches(400), 6, data.Batches(*images(100, seed=1), 64))
+    assert history[-1]["val_accuracy"] > 0.9
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    stored = [p.mask for p in run.model.parameters() if isinstance(p, SparseParameter)]
+    assert len(stored) == len(masks) == (4 if sparsity else 0)
+    for a, b in zip(stored, masks, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for p, was in zip(run.model.parameters(), before, strict=True):
+        assert p.data.dtype == np.float32 and (p.data != was).any()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_going_on_from_a_file_in_8_bits_gives_the_same_bits(sparsity, tmp_path):
+    whole, run = trainer(sparsity), trainer(sparsity)
+    whole.fit(batches(), 3)
+    run.fit(batches(), 2)
+    run.save(tmp_path / "run.safetensors")
+    resumed = Trainer.resume(tmp_path / "run.safetensors")
+    assert resumed.backprop.precision == 8
+    resumed.fit(batches(), 1)
+    assert resumed.history.column("loss") == whole.history.column("loss")
+    for ours, theirs in ((whole.model, resumed.model), (whole.backprop, resumed.backprop)):
+        ours, theirs = ours.state_dict(), theirs.state_dict()
+        assert list(ours) == list(theirs)
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+
+
 # ---- arguments
 
 
@@ -335,6 +577,9 @@ def test_the_step_changes_by_a_factor_of_2_at_most():
         ({"sparsity": "much"}, TypeError, "must be a number"),
         ({"bits": 4}, ValueError, "bits is 4"),
         ({"bits": "8"}, ValueError, "bits is '8'"),
+        ({"precision": 7}, ValueError, "precision is 7, must be 8 or None"),
+        ({"precision": "8"}, ValueError, "precision is '8', must be 8 or None"),
+        ({"layers": {"0": {"precision": 16}}}, ValueError, "precision is 16"),
     ],
     ids=str,
 )

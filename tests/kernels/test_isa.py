@@ -16,7 +16,7 @@ from sparsetrain._kernels import core, threads
 
 BEST_FIRST = ["avx512", "avx2", "base"]
 PACKAGE = Path(st.__file__).parent
-OBJECTS = sorted(Path(__file__).parents[2].glob("build/temp.*/*/sparsetrain/_kernels/kernels.o"))
+OBJECTS = sorted(Path(__file__).parents[2].glob("build/temp.*/*/sparsetrain/_kernels/*.o"))
 
 
 def python(code, folder, **environment):
@@ -151,7 +151,7 @@ def test_container_limit(files, limit, tmp_path):
 
 @pytest.mark.skipif(not OBJECTS, reason="no object files: the kernels were not built here")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
-@pytest.mark.parametrize("file", OBJECTS, ids=lambda file: file.parts[-4])
+@pytest.mark.parametrize("file", OBJECTS, ids=lambda file: f"{file.parts[-4]} {file.name}")
 def test_no_weak_symbols(file):
     """Of a symbol that is weak in several builds the linker keeps one, perhaps for an instruction
     set that this machine lacks. The pointer to C++'s exception routine is the same in all."""

@@ -1,0 +1,332 @@
+"""Checkpoints: runs that are killed anywhere go on with the same bits, and files that are damaged or forged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as hs
+
+import sparsetrain as st
+from sparsetrain import Trainer, backprop, data, nn, optim, sparsity
+from sparsetrain.train import Callback, Checkpoint, checkpoint
+from strategies import quick
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(st.__file__).parents[1])}
+STEPS = 4  # an epoch
+SCHEDULE = {"start": 1, "stop": 9, "every": 2}
+SPARSITY = {
+    "none": lambda: None,
+    "static": lambda: sparsity.Static(0.8),
+    "magnitude": lambda: sparsity.Magnitude(0.8, 3, start=1, every=3),
+    "gmp": lambda: sparsity.GMP(0.8, **SCHEDULE),
+    "set": lambda: sparsity.SET(0.8, **SCHEDULE),
+    "rigl": lambda: sparsity.RigL(0.8, **SCHEDULE),
+    "rigl by epochs": lambda: sparsity.RigL(0.8, start=0, stop=2, every=1, unit="epochs"),
+    "granet": lambda: sparsity.GraNet(0.8, **SCHEDULE),
+    "ac/dc": lambda: sparsity.ACDC(0.8, **SCHEDULE),
+    "n:m": lambda: sparsity.NM(2, 4, stop=7),
+}
+BACKPROP = {
+    "exact": lambda: None,
+    "dithered": lambda: backprop.Dithered(sparsity=0.8),
+    "8 bits": lambda: backprop.Dithered(s=2.0, precision=8),
+    "resprop": lambda: backprop.ReSprop(0.5),
+    "mem-aop": lambda: backprop.MemAOP(0.5),
+    "top-k": lambda: backprop.TopK(0.5),
+}
+
+
+def images():
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((16 * STEPS, 4, 6, 6)).astype(np.float32), rng.integers(0, 4, 16 * STEPS)
+    return data.Batches(x, y, 16, shuffle=True, crop=1, seed=5)
+
+
+def network():
+    layers = [nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(72, 4))
+
+
+def trainer(weights="none", gradients="exact", callbacks=()):
+    st.manual_seed(1)
+    model = network()
+    optimizer = optim.SGD(model.named_parameters(), lr=0.05, momentum=0.9)
+    methods = {"sparsity": SPARSITY[weights](), "backprop": BACKPROP[gradients]()}
+    return Trainer(model, optimizer, callbacks=callbacks, **methods)
+
+
+class Killed(Exception):
+    """What a process does not survive."""
+
+
+class KillAfter(Callback):
+    """Saves after a step, then ends the run without any more ado."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_batch_end(self, trainer, mean):
+        if trainer.step == self.step:
+            trainer.save(self.path)
+            raise Killed
+
+
+def assert_same(one, other):
+    left, right = one.model.state_dict(), other.model.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name])
+    slots = [t.optimizer.state_dict()["slots"] for t in (one, other)]
+    for name, found in slots[0].items():
+        assert found.keys() == slots[1][name].keys()
+        for slot in found:
+            np.testing.assert_array_equal(found[slot], slots[1][name][slot])
+    timed = {"images_per_s", "time_s"}
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in timed and k != "layers"}
+            | {layer: {k: v for k, v in report.items() if k != "ms"} for layer, report in row["layers"].items()}
+            for row in t.history
+        ]
+        for t in (one, other)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("weights, gradients", [(w, "exact") for w in SPARSITY] + [("rigl", g) for g in BACKPROP])
+def test_a_run_that_stops_after_any_step_goes_on_with_the_same_bits(tmp_path, weights, gradients):
+    whole = trainer(weights, gradients)
+    whole.fit(images(), 3)
+    for step in range(1, 3 * STEPS + 1):
+        path = tmp_path / f"{step}.safetensors"
+        with pytest.raises(Killed):
+            trainer(weights, gradients, [KillAfter(path, step)]).fit(images(), 3)
+        st.manual_seed(77)
+        st.set_num_threads(1 + step % 3)
+        half = Trainer.resume(path)
+        assert (half.step, half.batch) == (step, (step - 1) % STEPS + 1)
+        half.fit(images(), 3 - half.epoch)
+        assert_same(half, whole)
+
+
+SCRIPT = """
+    import sys
+    import numpy as np
+    import sparsetrain as st
+    sys.path.insert(0, {tests!r})
+    import test_checkpoint as t
+    from sparsetrain.train import Checkpoint
+    run = t.trainer("rigl", "dithered", [Checkpoint({path!r}, steps=1, keep=2)])
+    print("ready", flush=True)
+    run.fit(t.images(), 200)
+"""
+
+
+def test_a_process_that_is_killed_anywhere_leaves_a_whole_file(tmp_path):
+    """SIGKILL at random moments, most of them while a file is written, as one is after every step."""
+    path, rng = tmp_path / "run.safetensors", np.random.default_rng(0)
+    script = textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__), path=str(path))
+    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", script], **options)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.02, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if not path.exists():
+            continue
+        half = Trainer.resume(path)
+        half.fit(images(), 1)
+        whole = trainer("rigl", "dithered")
+        whole.fit(images(), half.epoch)
+        assert_same(half, whole)
+    assert path.exists() and {p.name for p in tmp_path.glob("run*")} == {"run.safetensors", "run-1.safetensors"}
+
+
+def test_the_last_k_are_kept(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run = trainer(callbacks=[Checkpoint(path, keep=3)])
+    run.fit(images(), 4)
+    names = ["run.safetensors", "run-1.safetensors", "run-2.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    assert [checkpoint.read(tmp_path / name)[0]["epoch"] for name in names] == [4, 3, 2]
+
+
+def test_a_full_disk_leaves_the_file_before(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    run = trainer()
+    run.save(path)
+    before = path.read_bytes()
+    run.fit(images(), 1)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_size_is_in_proportion_to_the_stored_weights(tmp_path):
+    sizes = []
+    for share in (0.0, 0.9, 0.99):
+        model = nn.Sequential(nn.Linear(1000, 1000, bias=False))
+        if share:
+            st.sparsify(model, share)
+        run = Trainer(model, optim.SGD(model.named_parameters(), lr=0.1))
+        run.save(tmp_path / "run.safetensors")
+        sizes.append((tmp_path / "run.safetensors").stat().st_size)
+    assert sizes[0] > 4e6 and sizes[1] < 8.2 * 1e5 and sizes[2] < 8.9 * 1e4
+
+
+# Files that are damaged or forged
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Path and contents of a file, and what resume() gives of it."""
+    path = tmp_path_factory.mktemp("run") / "run.safetensors"
+    run = trainer("rigl", "dithered")
+    run.fit(images(), 1)
+    run.save(path)
+    return path, path.read_bytes()
+
+
+def check(path, contents):
+    """resume() either works or raises a ValueError."""
+    path = path.with_name("changed.safetensors")
+    path.write_bytes(contents)
+    try:
+        Trainer.resume(path)
+    except ValueError as error:
+        assert str(error)
+
+
+@quick
+@given(hs.data())
+def test_changed_bytes(whole, draw):
+    path, contents = whole
+    changed = bytearray(contents)
+    header = 8 + int.from_bytes(contents[:8], "little")
+    for _ in range(draw.draw(hs.integers(1, 8))):
+        changed[draw.draw(hs.integers(0, header))] = draw.draw(hs.integers(0, 255))
+    check(path, bytes(changed[: draw.draw(hs.integers(0, len(changed)) | hs.just(len(changed)))]))
+
+
+values = hs.recursive(
+    hs.none() | hs.booleans() | hs.integers(-(2**70), 2**70) | hs.floats() | hs.text(max_size=4),
+    lambda inner: hs.lists(inner, max_size=3) | hs.dictionaries(hs.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@quick
+@given(hs.data())
+def test_changed_metadata(whole, draw):
+    """Anything at any place of the JSON."""
+    path, _ = whole
+    meta, arrays = checkpoint.read(path)
+    inside, places = meta, []
+    for _ in range(draw.draw(hs.integers(1, 5))):
+        keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+        if not keys:
+            break
+        key = draw.draw(hs.sampled_from(keys))
+        places.append((inside, key))
+        inside = inside[key]
+        if not isinstance(inside, (dict, list)):
+            break
+    holder, key = places[-1]
+    holder[key] = draw.draw(values)
+    check(path, safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+
+
+@quick
+@given(hs.data())
+def test_changed_arrays(whole, draw):
+    """Indices out of range or twice, other shapes and dtypes, arrays that lack."""
+    path, _ = whole
+    meta, arrays = checkpoint.read(path)
+    name = draw.draw(hs.sampled_from(sorted(arrays)))
+    array = arrays[name].copy()
+    kind = draw.draw(hs.sampled_from(["lacks", "shorter", "dtype", "value", "shape"]))
+    if kind == "lacks":
+        del arrays[name]
+    elif kind == "shorter" and array.ndim:
+        arrays[name] = array[: len(array) // 2]
+    elif kind == "dtype":
+        arrays[name] = array.astype(draw.draw(hs.sampled_from([np.int64, np.float64, np.uint8, np.float16])))
+    elif kind == "shape":
+        arrays[name] = array.reshape(1, *array.shape)
+    elif array.size:
+        array.reshape(-1)[draw.draw(hs.integers(0, array.size - 1))] = draw.draw(hs.sampled_from([0, 1, 100]))
+        arrays[name] = array
+    check(path, safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m, a: m["model"].update({"class": "models"}), "names 'models'"),
+        (lambda m, a: m["sparsity"].update({"class": "sparsify"}), "names 'sparsify'"),
+        (lambda m, a: m["backprop"].update({"class": "__builtins__"}), "names '__builtins__'"),
+        (lambda m, a: m["optimizer"].update({"class": "cosine"}), "names 'cosine'"),
+        (lambda m, a: m.update({"loss": "Module.__init__"}), "names 'Module.__init__'"),
+        (lambda m, a: m.update({"format": 99}), "has checkpoint format 99"),
+        (lambda m, a: a["parameter/6.weight/indices"].__setitem__(0, 10**6), "indices reach"),
+        (lambda m, a: a["parameter/6.weight/indices"].__setitem__(1, a["parameter/6.weight/indices"][0]), "ascend"),
+        (lambda m, a: a["parameter/6.weight/indptr"].__setitem__(1, 10**6), "indptr"),
+    ],
+)
+def test_what_a_forged_file_is_told(whole, change, message):
+    path, _ = whole
+    meta, arrays = checkpoint.read(path)
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    change(meta, arrays)
+    forged = path.with_name("forged.safetensors")
+    forged.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    model = network()
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=message):
+        Trainer.resume(forged)
+    if change(meta, arrays) is None and "model" not in message:
+        with pytest.raises(ValueError):
+            Trainer.resume(forged, model, optim.SGD([model.parameters()[0]], lr=0.1))
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_small_file_does_not_ask_for_much_memory(whole, tmp_path):
+    path, _ = whole
+    meta, arrays = checkpoint.read(path)
+    big = 40_000  # 6.4 GB as float32
+    meta["model"] = {
+        "class": "Sequential",
+        "layers": [{"class": "Linear", "arguments": {"in_features": big, "out_features": big, "bias": False}}],
+    }
+    forged = tmp_path / "forged.safetensors"
+    forged.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    code = f"""
+        import resource
+        from sparsetrain import Trainer
+        try:
+            Trainer.resume({str(forged)!r})
+        except ValueError as error:
+            print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": ENVIRONMENT}
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], **options)
+    message, kilobytes = out.stdout.splitlines()
+    assert "which the model" in message and int(kilobytes) < 500_000
