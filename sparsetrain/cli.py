@@ -13,7 +13,7 @@ from pathlib import Path
 import threadpoolctl
 
 import sparsetrain as st
-from sparsetrain import checks, choices, data, named, optim, options, profile_command, sparsity
+from sparsetrain import checks, choices, data, interchange, named, optim, options, profile_command, sparsity
 from sparsetrain._kernels import threads
 from sparsetrain.bench import command as bench
 from sparsetrain.bench.machine import caches
@@ -182,12 +182,40 @@ OF_CHANGES = {
 ON_RESUME = {"epochs", "threads", "isa", "data_dir", "compare", "resume", "quiet"}
 
 
+# finetune has these, and other defaults for some of train's
+FINETUNE = {
+    "weights": (
+        None,
+        {"metavar": "FILE", "required": True},
+        "weights to begin with: .safetensors, .npz, .pt, .pth or .th",
+    ),
+    "sparsity-from-weights": (
+        False,
+        {"action": "store_true"},
+        "weights that are zero in the file are not stored, and --sparsity is not used (default: no)",
+    ),
+    "head": ("auto", {}, "last layer: keep the file's, new, or auto, which keeps it if it has as many classes"),
+    **OPTIONS,
+} | {
+    name: (default, *OPTIONS[name][1:])
+    for name, default in {"data": "cifar10", "model": "resnet20-a", "exclude": ["first"], "compare": False}.items()
+}
+del FINETUNE["resume"]  # train --resume goes on with these runs too
+FINETUNE["lr"] = (None, {"type": float}, "highest learning rate (default: 0.01 for sgd, else 0.0002)")
+
+
 def main(argv=None):
     """Run a command line; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
     try:
         given = vars(_parser().parse_args(argv))
         command = given.pop("command")
-        run = {"train": _train, "profile": profile_command.run, "bench": bench.run, "info": _info}
+        run = {
+            "train": _train,
+            "finetune": _finetune,
+            "profile": profile_command.run,
+            "bench": bench.run,
+            "info": _info,
+        }
         return run[command](given)
     except SystemExit as end:  # --help, --version
         return end.code
@@ -210,7 +238,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser("sparsetrain", description="Train neural networks with sparse weights.")
     parser.add_argument("--version", action="version", version=f"sparsetrain {st.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | profile | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | finetune | profile | bench | info")
     options.add_parser(
         commands,
         "train",
@@ -220,14 +248,26 @@ def _parser():
         "compare. Writes a run folder with config.json, history.csv, checkpoint.safetensors (the dense "
         "model's in dense/), and curves.png where matplotlib is installed.",
     )
+    options.add_parser(
+        commands,
+        "finetune",
+        FINETUNE,
+        help="train a model further from given weights",
+        description="Train a model on images from weights of a file on, pruned first or with the zeros that the "
+        "file has. Writes a run folder as train does.",
+    )
     profile_command.add_parser(commands)
     bench.add_parser(commands)
     commands.add_parser("info", help="versions, instruction sets, threads, caches, data sets")
     return parser
 
 
-def _train(given):
-    o, folder = _options(given)
+def _finetune(given):
+    return _train(given, FINETUNE)
+
+
+def _train(given, table=OPTIONS):
+    o, folder = _options(given, table)
     if o.threads is not None:
         st.set_num_threads(o.threads)
     if o.isa is not None:
@@ -237,8 +277,11 @@ def _train(given):
     dataset = data.load(o.data, o.data_dir)
     train, test = _batches(o, dataset)
     exact = o.backprop == "exact"
-    main = " ".join((["sparse"] if o.sparsity else []) + ([] if exact else [o.backprop])) or "dense"
-    nets = {main: (bool(o.sparsity), folder, _backprop(o))}
+    main = (
+        " ".join((["sparse"] if o.sparsity or o.sparsity_from_weights else []) + ([] if exact else [o.backprop]))
+        or "dense"
+    )
+    nets = {main: (True, folder, _backprop(o))}
     if main != "dense" and o.compare:
         nets["dense"] = (False, folder / "dense", None)
     trainers = {}
@@ -258,9 +301,9 @@ def _train(given):
     return 0
 
 
-def _options(given):
+def _options(given, table):
     """Every option, resolved and checked, and the run folder."""
-    found = options.defaults(OPTIONS)
+    found = {"weights": None, "sparsity_from_weights": False, "head": None} | options.defaults(table)
     folder = given.get("resume")
     if folder is not None:
         folder = Path(folder)
@@ -288,12 +331,19 @@ def _options(given):
     checks.integer("--seed", o.seed, low=0)
     if not 0 <= o.sparsity < 1:
         raise ValueError(f"--sparsity is {o.sparsity}, must be in [0, 1)")
+    if o.weights is not None:
+        checks.one_of("--head", o.head, ("auto", "keep", "new"))
+        o.weights = str(Path(o.weights).absolute())  # for --resume from another folder
+        if o.sparsity_from_weights:
+            if "sparsity" in given:
+                raise ValueError("--sparsity and --sparsity-from-weights were given, must be one of them")
+            o.sparsity = 0.0
     _backprop(o)  # its checks
     changing = _changing(o, 1000) if o.sparsity else None
     if o.method == "n:m" and o.sparsity:
         o.sparsity = changing.sparsity
     if o.lr is None:
-        o.lr = 0.1 if o.optimizer == "sgd" else 0.002
+        o.lr = (0.1 if o.optimizer == "sgd" else 0.002) * (1 if o.weights is None else 0.1)
     if o.weight_decay is None:
         o.weight_decay = 0.01 if o.optimizer == "adamw" else 5e-4
     if o.augment is None:
@@ -402,7 +452,11 @@ def _trainer(o, dataset, train, sparse, folder, name, method):
     if checkpoint.exists():
         return Trainer.resume(checkpoint, **settings)
     model = named.model(o.model, dataset.train[0].shape[1:], len(dataset.classes))
-    exclude = named.layers(o.exclude, model)
+    if o.weights is not None:
+        _load(o, model)
+        if sparse and o.sparsity_from_weights:
+            interchange.zeros_to_structure(model)
+    exclude, sparse = named.layers(o.exclude, model), sparse and o.sparsity
     changing = _changing(o, steps * o.epochs, exclude) if sparse else None
     if sparse and changing is None:
         batches = [next(iter(train))] if o.method in ("snip", "grasp") else None
@@ -415,6 +469,17 @@ def _trainer(o, dataset, train, sparse, folder, name, method):
         method = dataclasses.replace(method, exclude=tuple(named.layers(o.exact_layers or (), model)))
     methods = {"backprop": method, "sparsity": changing}
     return Trainer(model, optimizer, label_smoothing=o.label_smoothing, **methods, **settings)
+
+
+def _load(o, model):
+    """Put the weights of --weights into the model."""
+    state = interchange.read_state(o.weights)
+    head = o.head
+    if head == "auto":
+        last = [p for p in model.parameters() if len(p.shape) > 1][-1]
+        theirs = [array for array in state.values() if array.ndim > 1]
+        head = "keep" if theirs and theirs[-1].shape == last.shape else "new"
+    interchange.load_state(model, state, head=head)
 
 
 def _schedule(o, steps):

@@ -173,7 +173,15 @@ def _forward(x, weight, rounded, bias, geometry, halo, relu):
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.quads.ndim)
     start = time.perf_counter()
     quads = rounded.structure
-    key = ("int8", geometry, x.quads.array.shape, x.quads.array.strides, y.array.strides, core.get_isa(), choices.edition())
+    key = (
+        "int8",
+        geometry,
+        x.quads.array.shape,
+        x.quads.array.strides,
+        y.array.strides,
+        core.get_isa(),
+        choices.edition(),
+    )
     step = quads.plans.get(key)
     if step is None:
         step = quads.plans[key] = plans.forward(quads, geometry, x.quads, y)

@@ -3,7 +3,7 @@
 from sparsetrain import backprop, sparsity
 from sparsetrain.nn import models
 
-MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet18", "vgg11")
+MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet20-a", "resnet18", "vgg11")
 # Which weights exist: chosen once before training, or changed by a method of sparsity while training
 AT_ONCE = sparsity.METHODS
 WHILE_TRAINING = {

@@ -150,7 +150,7 @@ def test_a_process_that_is_killed_anywhere_leaves_a_whole_file(tmp_path):
         whole = trainer("rigl", "dithered")
         whole.fit(images(), half.epoch)
         assert_same(half, whole)
-    assert path.exists() and {p.name for p in tmp_path.glob("run*")} == {"run.safetensors", "run-1.safetensors"}
+    assert path.exists() and {p.name for p in tmp_path.glob("run*")} <= {"run.safetensors", "run-1.safetensors"}
 
 
 def test_the_last_k_are_kept(tmp_path):
@@ -318,13 +318,13 @@ def test_a_small_file_does_not_ask_for_much_memory(whole, tmp_path):
     forged = tmp_path / "forged.safetensors"
     forged.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
     code = f"""
-        import resource
         from sparsetrain import Trainer
         try:
             Trainer.resume({str(forged)!r})
         except ValueError as error:
             print(error)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        print(status["VmHWM"].split()[0])  # of this program alone, unlike getrusage()
     """
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": ENVIRONMENT}
     out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], **options)

@@ -11,7 +11,19 @@ PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
     *("_kernels", "version", "checks", "files", "options", "rng", "arrays", "record", "normed", "sparse"),
     *("choices", "tiles", "plans", "bands", "slabs", "ops", "sparse_gradient", "int8", "nn", "optim", "sparsity"),
-    *("backprop", "data", "train", "bench", "profile", "__init__", "named", "profile_command", "cli", "__main__"),
+    *(
+        "backprop",
+        "data",
+        "train",
+        "interchange",
+        "bench",
+        "profile",
+        "__init__",
+        "named",
+        "profile_command",
+        "cli",
+        "__main__",
+    ),
 ]
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

@@ -9,6 +9,7 @@ from sparsetrain.nn.flatten import Flatten
 from sparsetrain.nn.linear import Linear
 from sparsetrain.nn.loss import cross_entropy, mse_loss
 from sparsetrain.nn.module import Module, no_grad, observe
+from sparsetrain.nn.pad_channels import PadChannels
 from sparsetrain.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from sparsetrain.nn.relu import ReLU
 from sparsetrain.nn.summary import summary
@@ -18,6 +19,6 @@ Module.summary = summary
 
 __all__ = [
     "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout", "Flatten", "Linear",
-    "MaxPool2d", "Module", "Parameter", "ReLU", "Residual", "Sequential", "cross_entropy", "models", "mse_loss",
-    "no_grad", "observe", "summary", "unfused",
+    "MaxPool2d", "Module", "PadChannels", "Parameter", "ReLU", "Residual", "Sequential", "cross_entropy", "models",
+    "mse_loss", "no_grad", "observe", "summary", "unfused",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from sparsetrain.nn.containers import Residual, Sequential
 from sparsetrain.nn.conv import Conv2d
 from sparsetrain.nn.flatten import Flatten
 from sparsetrain.nn.linear import Linear
+from sparsetrain.nn.pad_channels import PadChannels
 from sparsetrain.nn.pool import AdaptiveAvgPool2d, MaxPool2d
 from sparsetrain.nn.relu import ReLU
 
@@ -107,6 +108,11 @@ def resnet20(num_classes=10, in_channels=3):
     return _resnet(num_classes, in_channels, blocks=(3, 3, 3), widths=(16, 32, 64))
 
 
+def resnet20_a(num_classes=10, in_channels=3):
+    """ResNet-20 with the paper's own shortcuts, which have no weights (option A)."""
+    return _resnet(num_classes, in_channels, blocks=(3, 3, 3), widths=(16, 32, 64), shortcut=_padding)
+
+
 def resnet18(num_classes=10, in_channels=3):
     """ResNet-18 for 32x32 images: four stages of two blocks with 64, 128, 256 and 512 channels.
 
@@ -116,18 +122,27 @@ def resnet18(num_classes=10, in_channels=3):
     return _resnet(num_classes, in_channels, blocks=(2, 2, 2, 2), widths=(64, 128, 256, 512))
 
 
-def _resnet(num_classes, in_channels, blocks, widths):
+def _projection(in_channels, out_channels, stride):
+    return Sequential(Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), BatchNorm2d(out_channels))
+
+
+def _padding(in_channels, out_channels, stride):
+    before = (out_channels - in_channels) // 2
+    return PadChannels(before, out_channels - in_channels - before, stride)
+
+
+def _resnet(num_classes, in_channels, blocks, widths, shortcut=_projection):
     layers = _conv_bn_relu(in_channels, widths[0])
     channels = widths[0]
     for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
         for block in range(count):
             stride = 2 if stage > 0 and block == 0 else 1
-            layers += [_basic_block(channels, width, stride), ReLU()]
+            layers += [_basic_block(channels, width, stride, shortcut), ReLU()]
             channels = width
     return Sequential(*layers, AdaptiveAvgPool2d(1), Flatten(), Linear(channels, num_classes))
 
 
-def _basic_block(in_channels, out_channels, stride):
+def _basic_block(in_channels, out_channels, stride, shortcut):
     """Two 3x3 convolutions around which the input is added; the ReLU after the sum follows it."""
     body = Sequential(
         *_conv_bn_relu(in_channels, out_channels, stride),
@@ -136,8 +151,7 @@ def _basic_block(in_channels, out_channels, stride):
     )
     if stride == 1 and in_channels == out_channels:
         return Residual(body)
-    shortcut = Sequential(Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), BatchNorm2d(out_channels))
-    return Residual(body, shortcut)
+    return Residual(body, shortcut(in_channels, out_channels, stride))
 
 
 def _conv_bn_relu(in_channels, out_channels, stride=1):

@@ -29,6 +29,7 @@ class DropGrow(Timed):
     def __post_init__(self):
         if not 0 < checks.number("fraction", self.fraction) < 1:
             raise ValueError(f"fraction is {self.fraction}, must be in (0, 1)")
+        self.fraction = float(self.fraction)
         checks.flag("anneal", self.anneal)
         super().__post_init__()
 
@@ -51,7 +52,7 @@ class DropGrow(Timed):
         """How many weights of a layer go and come at this update: no more than there is room for."""
         fraction = self.fraction * (0.5 * (1 + math.cos(math.pi * self.progress())) if self.anneal else 1.0)
         nnz = layer.weight.nnz
-        return min(round(fraction * nnz), nnz - 1, layer.size - nnz)
+        return max(0, min(round(fraction * nnz), nnz - 1, layer.size - nnz))
 
     def update(self):
         for layer in self.layers:
@@ -64,7 +65,7 @@ class DropGrow(Timed):
 def smallest(weight, count):
     """Boolean array, false at the `count` stored weights of the least magnitude, the last of equal ones."""
     kept = np.ones(weight.nnz, bool)
-    kept[np.argsort(-np.abs(weight.data), kind="stable")[weight.nnz - count :]] = False
+    kept[np.argsort(-np.abs(weight.data.reshape(-1)), kind="stable")[weight.nnz - count :]] = False
     return kept
 
 

@@ -22,7 +22,7 @@ class GMP(Timed):
     distributions = ("uniform", "erk", "global")
 
     def check(self):
-        checks.fraction("initial", self.initial)
+        self.initial = checks.fraction("initial", self.initial)
         if self.initial > self.sparsity:
             raise ValueError(f"initial is {self.initial}, above the sparsity {self.sparsity}")
 

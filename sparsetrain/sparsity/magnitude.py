@@ -23,7 +23,8 @@ class Magnitude(Timed):
     distributions = ("uniform", "erk", "global")
 
     def __post_init__(self):
-        checks.integer("rounds", self.rounds, low=1)
+        self.rounds = checks.integer("rounds", self.rounds, low=1)
+        self.start, self.every = checks.integer("start", self.start, low=0), checks.integer("every", self.every, low=1)
         self.stop = self.start + (self.rounds - 1) * self.every
         super().__post_init__()
 

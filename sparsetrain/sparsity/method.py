@@ -9,7 +9,7 @@ import numpy as np
 from sparsetrain import arrays, checks, ops, plans
 from sparsetrain.sparse import Parameter, SparseParameter
 from sparsetrain.sparsity import distributions
-from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, prune, sparsifiable
+from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, masks, sparsifiable
 
 UNITS = ("steps", "epochs")
 
@@ -35,7 +35,7 @@ class Method:
     distributions = ("uniform", "erk")  # that the method can follow
 
     def __post_init__(self):
-        checks.fraction("sparsity", self.sparsity)
+        self.sparsity = checks.fraction("sparsity", self.sparsity)
         checks.one_of("distribution", self.distribution, DISTRIBUTIONS)
         if self.distribution not in self.distributions:
             raise ValueError(
@@ -130,13 +130,13 @@ class Method:
         """Within it, the layers have the weights that the method means them to have: what is to be evaluated."""
         yield
 
-    def prune(self, sparsity, score, distribution=None):
-        """Remove the weights with the lowest scores, until the layers have this sparsity."""
-        before = [layer.weight.nnz for layer in self.layers]
+    def prune(self, sparsity, score):
+        """Remove the weights with the lowest scores, until the layers have this sparsity. Layers that lose none keep
+        their gradients."""
         named = [(layer.name, layer.module) for layer in self.layers]
-        prune(named, sparsity, score, distribution or self.distribution)
-        for layer, nnz in zip(self.layers, before, strict=True):
-            layer.dropped += nnz - layer.weight.nnz
+        for layer, mask in zip(self.layers, masks(named, sparsity, score, self.distribution), strict=True):
+            if not mask.all():
+                layer.rewire(mask, ())
 
     def targets(self, sparsity):
         """How many weights each layer keeps at this sparsity."""
@@ -194,15 +194,17 @@ class Timed(Method):
 
     def __post_init__(self):
         checks.one_of("unit", self.unit, UNITS)
-        checks.integer("start", self.start, low=0)
-        checks.integer("every", self.every, low=1)
+        self.start = checks.integer("start", self.start, low=0)
+        self.every = checks.integer("every", self.every, low=1)
         if self.stop is None:
             raise ValueError(
                 f"stop is None: {type(self).__name__} needs the last of the {self.unit} at which weights change"
             )
-        checks.integer("stop", self.stop, low=0)
+        self.stop = checks.integer("stop", self.stop, low=0)
         if self.stop < self.start:
             raise ValueError(f"stop is {self.stop}, before start, which is {self.start}")
+        if self.stop == self.start and not self.changes_at_start:
+            raise ValueError(f"stop is {self.stop}, as is start: {type(self).__name__} would never change a weight")
         super().__post_init__()
 
     def now(self):
@@ -222,7 +224,7 @@ class Timed(Method):
 
     def progress(self):
         """From 0 at start to 1 at stop."""
-        return (self.now() - self.start) / max(1, self.stop - self.start)
+        return (self.now() - self.start) / (self.stop - self.start) if self.stop > self.start else 1.0
 
 
 class Layer:
@@ -246,7 +248,10 @@ class Layer:
         order."""
         self.dropped += int(len(kept) - np.count_nonzero(kept))
         self.grown += len(grown)
-        self.weight.rewire(kept, np.sort(np.asarray(grown, np.int64)))
+        if isinstance(self.weight, SparseParameter):
+            self.weight.rewire(kept, np.sort(np.asarray(grown, np.int64)))
+        else:  # all weights exist, none can grow
+            self.weight.keep(kept.reshape(self.weight.shape))
 
     def note(self):
         """Remember which weights exist now."""

@@ -30,11 +30,10 @@ class NM(Timed):
     decay: float = field(default=2e-4, kw_only=True)
 
     def __post_init__(self):
-        checks.integer("m", self.m, low=1)
-        checks.integer("n", self.n, low=1)
+        self.m, self.n = checks.integer("m", self.m, low=1), checks.integer("n", self.n, low=1)
         if self.n > self.m:
             raise ValueError(f"n is {self.n}, more than m, which is {self.m}")
-        checks.number("decay", self.decay, low=0.0)
+        self.decay = checks.number("decay", self.decay, low=0.0)
         self.sparsity, self.chosen = 1 - self.n / self.m, []
         super().__post_init__()
 

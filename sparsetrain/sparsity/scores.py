@@ -32,7 +32,7 @@ def snip(model, weights, batches, loss=None):
     return lambda parameter: found.pop(id(parameter))
 
 
-def grasp(model, weights, batches, loss=None, temperature=200.0, reach=1e-2):
+def grasp(model, weights, batches, loss=None, temperature=200.0, reach=0.1):
     """w H g: how much of the squared gradient norm is lost, to first order, without the weight.
 
     Source: Wang, Zhang & Grosse, GraSP, ICLR 2020, arXiv 2002.07376, equation 8 (there the score is its negative, and
@@ -68,11 +68,14 @@ def grasp(model, weights, batches, loss=None, temperature=200.0, reach=1e-2):
 
 
 def _gradients(model, batches, loss, temperature):
-    """Leaves the sum of the batches' gradients in the model's parameters; batch-norm statistics stay as they are."""
+    """Leaves the sum of the batches' gradients in the model's parameters; batch-norm statistics stay as they are, and
+    so does the generator, so that Dropout leaves out the same each time."""
     if not batches:
         raise ValueError("batches is empty, must hold at least one (x, y)")
     buffers = {name: buffer.copy() for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for _, module in model.named_modules()]
+    generator = rng.generator().bit_generator
+    state = generator.state
     model.zero_grad()
     model.train()
     try:
@@ -80,6 +83,7 @@ def _gradients(model, batches, loss, temperature):
             _, gradient = loss(model(x) / np.dtype(x.dtype).type(temperature), y)
             model.backward(gradient / gradient.dtype.type(temperature), input_gradient=False)
     finally:
+        generator.state = state
         for name, buffer in model.named_buffers():
             buffer[...] = buffers[name]
         for module, training in modes:

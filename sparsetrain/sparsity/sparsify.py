@@ -33,21 +33,16 @@ def sparsifiable(model, exclude=(), include=("*",)):
     return [(n, m) for n, m in layers if matches(n, include) and not matches(n, exclude)]
 
 
-def prune(named, sparsity, score, distribution):
-    """Keep those weights of the layers [(name, layer)] that have the best scores. score: a function of a parameter.
-
-    As of sparsify(), whose other arguments these are.
-    """
+def masks(named, sparsity, score, distribution):
+    """For each of the layers [(name, layer)] a boolean array, true at the stored weights that stay: those with the best
+    scores. score: a function of a parameter. As of sparsify(), whose other arguments these are."""
     if distribution == "global":
         worth = [score(layer.weight).reshape(-1) for _, layer in named]
         total = sum(math.prod(layer.weight.shape) for _, layer in named)
         kept = best(np.concatenate(worth), total - round(sparsity * total))
-        masks = np.split(kept, np.cumsum([len(w) for w in worth])[:-1])
-    else:
-        wanted = getattr(distributions, distribution)([layer.weight.shape for _, layer in named], sparsity)
-        masks = (best(score(m.weight).reshape(-1), k) for (_, m), k in zip(named, wanted, strict=True))
-    for (_, layer), mask in zip(named, masks, strict=True):
-        layer.weight.keep(mask.reshape(layer.weight.data.shape))
+        return np.split(kept, np.cumsum([len(w) for w in worth])[:-1])
+    wanted = getattr(distributions, distribution)([layer.weight.shape for _, layer in named], sparsity)
+    return (best(score(m.weight).reshape(-1), k) for (_, m), k in zip(named, wanted, strict=True))
 
 
 def best(worth, number):
@@ -81,5 +76,6 @@ def sparsify(
         score = score(model, [layer.weight for _, layer in named], list(batches), loss)
     elif batches is not None or loss is not None:
         raise ValueError(f"batches and loss are for {' and '.join(scores.WITH_GRADIENTS)}, method is {method!r}")
-    prune(named, sparsity, score, distribution)
+    for (_, layer), mask in zip(named, masks(named, sparsity, score, distribution), strict=True):
+        layer.weight.keep(mask.reshape(layer.weight.data.shape))
     return model

@@ -9,6 +9,7 @@ generator state, version.
 import dataclasses
 import inspect
 import json
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +23,7 @@ from sparsetrain.train.history import History
 from sparsetrain.version import VERSION
 
 FORMAT = 2
+MOST_DENSE = 1 << 26  # weights that read_state() makes dense whatever their sparsity
 METHODS = {"backprop": backprop, "sparsity": sparsity}  # what a Trainer takes, and where its classes are
 
 
@@ -112,17 +114,21 @@ def resume(trainer_class, path, model, optimizer, settings):
         history, paused = History([dict(row) for row in meta["history"]]), meta["paused"]
         generator = np.random.default_rng()
         generator.bit_generator.state = meta["rng"]
-    method = settings.pop("sparsity", None)
+    weights = settings.pop("sparsity", None)
     trainer = trainer_class(model, optimizer, **settings)
-    trainer.sparsity = method
-    with _sound(path):
-        if method is not None:
-            method.attach(model, begin=False)
-        for kind in METHODS:
-            method, prefix = getattr(trainer, kind), f"{kind}/"
-            if method is not None and meta[kind] is not None:
-                state = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
-                method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
+    try:
+        with _sound(path):
+            trainer.sparsity = weights if weights is None else weights.attach(model, begin=False)
+            for kind in METHODS:
+                method, prefix = getattr(trainer, kind), f"{kind}/"
+                if method is not None and meta[kind] is not None:
+                    state = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+                    method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
+    except BaseException:
+        for method in (weights, trainer.backprop):
+            if method is not None:
+                method.detach()
+        raise
 
     # Everything fits: from here on nothing can fail.
     for name, parameter in parameters.items():
@@ -135,6 +141,8 @@ def resume(trainer_class, path, model, optimizer, settings):
     trainer.step, trainer.epoch, trainer.batch = counters
     trainer.history, trainer.paused = history, paused
     rng.generator().bit_generator.state = meta["rng"]
+    if weights is not None and meta["sparsity"] is None:
+        weights.attach(model)  # it begins now
     return trainer
 
 
@@ -174,6 +182,22 @@ def read(path):
     if version != FORMAT:
         raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
     return meta, arrays
+
+
+def read_state(path):
+    """{name: dense array} of the parameters and buffers in the checkpoint at path, as of Module.state_dict()."""
+    meta, arrays = read(path)
+    with _sound(path):
+        state = {}
+        for name, shape in meta["shapes"].items():
+            parameter = _parameter(path, arrays, name, tuple(shape))
+            if math.prod(parameter.shape) > max(MOST_DENSE, 10_000 * parameter.nnz):
+                raise ValueError(
+                    f"{path}: {name} has shape {parameter.shape}, too large for its {parameter.nnz} weights"
+                )
+            state[name] = parameter.to_dense()
+        prefix = "buffer/"
+        return state | {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
 
 
 def describe(module):
@@ -238,16 +262,10 @@ def _parameters(path, meta, arrays, model):
     for name, shape in meta["shapes"].items():
         if tuple(shape) != tuple(present[name].shape):
             raise ValueError(f"{path}: {name} has shape {tuple(shape)}, the model's has {present[name].shape}")
-        data = arrays[f"parameter/{name}/data"]
+        parameters[name] = _parameter(path, arrays, name, tuple(shape))
+        data = parameters[name].data
         if data.dtype != present[name].data.dtype:
             raise ValueError(f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}")
-        if f"parameter/{name}/indptr" in arrays:
-            structure = (arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices"))
-            parameters[name] = SparseParameter(tuple(shape), *structure, data)
-        elif data.shape == tuple(shape):
-            parameters[name] = Parameter(data)
-        else:
-            raise ValueError(f"{path}: {name} has values of shape {data.shape}, must be {tuple(shape)}")
         prefix = f"slot/{name}/"
         for key, slot in arrays.items():
             if key.startswith(prefix):
@@ -257,6 +275,15 @@ def _parameters(path, meta, arrays, model):
                     )
                 parameters[name].slots[key[len(prefix) :]] = slot
     return parameters
+
+
+def _parameter(path, arrays, name, shape):
+    data = arrays[f"parameter/{name}/data"]
+    if f"parameter/{name}/indptr" in arrays:
+        return SparseParameter(shape, *(arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices")), data)
+    if data.shape != shape:
+        raise ValueError(f"{path}: {name} has values of shape {data.shape}, must be {shape}")
+    return Parameter(data)
 
 
 def _buffers(path, arrays, model):

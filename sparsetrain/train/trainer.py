@@ -67,7 +67,7 @@ class Trainer:
         if self.label_smoothing and loss is not nn.cross_entropy:
             raise ValueError("label_smoothing is for nn.cross_entropy, loss is another function")
         self.schedule = schedule
-        self.sparsity = sparsity if sparsity is None or sparsity.layers else sparsity.attach(model)
+        self.sparsity = sparsity if sparsity is None else sparsity.attach(model)
         self.backprop = backprop if backprop is None else backprop.attach(model, optimizer)
         self.callbacks = list(callbacks)
         self.history = History()
@@ -112,10 +112,10 @@ class Trainer:
             self.sparsity.begin_step()
             try:
                 loss, outputs = self._gradients(x, y)
+                self.sparsity.end_step()
             except BaseException:
                 self.sparsity.cancel_step()
                 raise
-            self.sparsity.end_step()
         self.optimizer.step()
         self.step += 1
         return loss, outputs

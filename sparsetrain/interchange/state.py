@@ -1,0 +1,165 @@
+"""Weights of other programs by name: reading files of them, and putting them into a model."""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from sparsetrain.files import replacing
+from sparsetrain.interchange import torch_file
+from sparsetrain.sparse import SparseParameter
+from sparsetrain.sparsity import sparsifiable
+from sparsetrain.train import checkpoint
+
+MOST_INFLATED, SMALL = 200, 1 << 28  # bytes of a compressed .npz for one in the file, unless they are few
+
+
+def read_state(path):
+    """{name: array} of a file: .safetensors (a checkpoint's too), .npz, or PyTorch's .pt, .pth and .th.
+
+    Of PyTorch's files, the state dict, which may lie under "state_dict" or "model"; a "module." before every name, as
+    DataParallel writes, is dropped. ValueError if the file is none of these or is damaged. Nothing in it is run.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        state = _safetensors(path)
+    elif suffix == ".npz":
+        state = _npz(path)
+    elif suffix in (".pt", ".pth", ".th"):
+        state = torch_file.read(path)
+        for key in ("state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+    else:
+        raise ValueError(f"{path} must end in .safetensors, .npz, .pt, .pth or .th")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, must be a state dict")
+    for name, array in state.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray):
+            raise ValueError(f"{path} holds {name!r}, a {type(array).__name__}, must be names and arrays")
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): array for name, array in state.items()}
+    return dict(state)
+
+
+def _safetensors(path):
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            if "sparsetrain" not in (file.metadata() or {}):
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, TypeError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged ({error})") from error
+    return checkpoint.read_state(path)
+
+
+def _npz(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > max(SMALL, MOST_INFLATED * os.path.getsize(path)):
+            raise ValueError(f"it would take {size} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        KeyError,
+        MemoryError,
+        NotImplementedError,
+        OverflowError,
+    ) as error:
+        raise ValueError(f"{path} is not a .npz file, or is damaged ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def write_state(path, model):
+    """Write the model's state_dict(), dense and with its names, which are PyTorch's, as a safetensors file."""
+    state = {name: np.asarray(array, order="C") for name, array in model.state_dict().items()}
+    with replacing(path, "wb") as file:
+        file.write(safetensors.numpy.save(state))
+
+
+def load_state(model, state, names=None, head="keep"):
+    """Put {name: array} of another program into the model; ValueError, and no change, if it does not fit.
+
+    names: None if they are the model's own or in the same order (weights, biases and statistics are told apart by what
+    follows the last dot); or {their name: our name}. Arrays become the model's dtype. Counts of batches may lack.
+    head="new": the last layer with weights stays as it is, whatever the file has for it.
+    """
+    ours = model.state_dict()
+    kept = set()
+    if head == "new":
+        last = [name for name, p in model.named_parameters() if len(p.shape) > 1][-1].rpartition(".")[0]
+        kept = {name for name in ours if name.rpartition(".")[0] == last}
+    elif head != "keep":
+        raise ValueError(f"head is {head!r}, must be 'keep' or 'new'")
+    if names is not None:
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise ValueError(f"names has {missing[0]!r}, which the state lacks")
+        state = {names[name]: array for name, array in state.items() if name in names}
+    elif set(state) - kept != set(ours) - kept and not _only_counts(set(state) ^ set(ours)):
+        state = _in_order(state, ours, kept)
+    state = {name: array for name, array in state.items() if name not in kept}
+    found = dict(ours)
+    for name, array in state.items():
+        if name not in ours:
+            raise ValueError(f"the state has {name}, which the model lacks")
+        if array.shape != ours[name].shape:
+            raise ValueError(f"{name} has shape {array.shape}, the model's has {ours[name].shape}")
+        found[name] = np.asarray(array, ours[name].dtype)
+    lacking = [name for name in ours if name not in state and name not in kept and not _only_counts([name])]
+    if lacking:
+        raise ValueError(f"the state lacks {lacking[0]}, which the model has")
+    model.load_state_dict(found)
+    return model
+
+
+def _only_counts(names):
+    return all(name.endswith("num_batches_tracked") for name in names)
+
+
+def _in_order(state, ours, kept):
+    """The state with our names, by the order of each kind (what follows the last dot)."""
+    renamed = {}
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in ours):
+        mine = [name for name in ours if name.rpartition(".")[2] == kind]
+        theirs = [name for name in state if name.rpartition(".")[2] == kind]
+        if _only_counts([kind]) and not theirs:
+            continue
+        if len(mine) != len(theirs):
+            raise ValueError(f"the state has {len(theirs)} arrays named {kind}, the model {len(mine)}: give names=")
+        for here, there in zip(mine, theirs, strict=True):
+            shape, wanted = state[there].shape, ours[here].shape
+            if here not in kept and shape != wanted:
+                raise ValueError(f"{there} has shape {shape}; in order it is {here}, which has {wanted}: give names=")
+            renamed[here] = state[there]
+    return renamed
+
+
+def zeros_to_structure(model, exclude=()):
+    """Store no weight of convolutions and linear layers that is zero from now on. Returns the model.
+
+    Layers without zeros stay as they are. exclude: layer names or globs.
+    """
+    for _, layer in sparsifiable(model, exclude):
+        nonzero = layer.weight.data != 0
+        if not nonzero.all():
+            layer.weight.keep(nonzero)
+    return model
+
+
+def to_scipy(model):
+    """{layer: scipy CSR matrix (out, in * height * width)} of the layers with sparse weights."""
+    return {
+        name: layer.weight.to_scipy()
+        for name, layer in sparsifiable(model)
+        if isinstance(layer.weight, SparseParameter)
+    }
