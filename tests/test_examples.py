@@ -15,6 +15,7 @@ from sparsetrain import cli, data, nn
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GRADIENTS = (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8")
+SPARSITY = (ROOT / "docs" / "sparsity.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -64,9 +65,10 @@ def test_readme_blocks_are_those_of_the_examples(block):
     assert any(block in path.read_text(encoding="utf-8") for path in EXAMPLES)
 
 
-def test_the_method_in_docs_is_that_of_the_example():
-    (block,) = re.findall(r"^```python\n(.*?)^```", GRADIENTS, re.DOTALL | re.MULTILINE)
-    assert block in (ROOT / "examples" / "own_backprop.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page, example", [(GRADIENTS, "own_backprop"), (SPARSITY, "own_rule")])
+def test_the_method_in_docs_is_that_of_the_example(page, example):
+    block = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[-1]
+    assert block in (ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Which weights exist."""
 
 from sparsetrain.sparsity.ac_dc import ACDC
-from sparsetrain.sparsity.drop_grow import DropGrow
+from sparsetrain.sparsity.drop_grow import DropGrow, largest_gradients, smallest
 from sparsetrain.sparsity.gmp import GMP
 from sparsetrain.sparsity.granet import GraNet
 from sparsetrain.sparsity.magnitude import Magnitude
@@ -14,5 +14,5 @@ from sparsetrain.sparsity.static import Static
 
 __all__ = [
     "ACDC", "DISTRIBUTIONS", "GMP", "METHODS", "NM", "SET", "DropGrow", "GraNet", "Magnitude", "Method", "RigL",
-    "Static", "Timed", "sparsifiable", "sparsify",
+    "Static", "Timed", "largest_gradients", "smallest", "sparsifiable", "sparsify",
 ]  # fmt: skip
