@@ -52,6 +52,9 @@ RECIPES = {
 }
 
 
+IMAGE = {"lenet300": (1, 28, 28), "lenet5": (1, 28, 28), "small-cnn": (1, 28, 28), "resnet20": (3, 32, 32)}
+
+
 # ---- options
 
 
@@ -174,8 +177,9 @@ def load(name, images=None):
     return data.Dataset(name, tuple(part[:images] for part in full.train), test, full.classes)
 
 
-def trainer(model, recipe, seed, method=None, callbacks=()):
-    """A Trainer of the model of that name, its training and its test batches."""
+def trainer(model, recipe, seed, method=None, callbacks=(), sparsity=None):
+    """A Trainer of the model of that name, its training and its test batches. sparsity: None, or a function (model,
+    steps an epoch, epochs) -> a method of sparsity."""
     images = load(recipe.data, recipe.images)
     scale = {"mean": images.mean, "std": images.std}
     augment = {"crop": recipe.crop, "flip": recipe.flip}
@@ -184,14 +188,16 @@ def trainer(model, recipe, seed, method=None, callbacks=()):
     net = named.model(model, images.train[0].shape[1:], len(images.classes))
     optimizer = optim.SGD(net.named_parameters(), lr=recipe.lr, momentum=0.9, weight_decay=5e-4)
     schedule = optim.warmup(optim.cosine(recipe.lr, recipe.epochs * len(batches)), len(batches))
-    made = st.Trainer(net, optimizer, schedule=schedule, backprop=method, callbacks=callbacks)
+    weights = None if sparsity is None else sparsity(model, len(batches), recipe.epochs)
+    settings = {"schedule": schedule, "backprop": method, "sparsity": weights, "callbacks": callbacks}
+    made = st.Trainer(net, optimizer, **settings)
     return made, batches, data.Batches(*images.test, 256, **scale)
 
 
 def fit(trainer, train, epochs, test):
     """Train, and what a record says of it: curves by epoch, and what went wrong if the run diverged."""
     zeros = NaturalZeros()
-    if trainer.backprop is None:
+    if trainer.backprop is None and trainer.sparsity is None:
         trainer.callbacks.append(zeros)
     diverged = None
     try:
@@ -210,6 +216,8 @@ def fit(trainer, train, epochs, test):
         **columns,
         "time_s": np.cumsum([row["time_s"] for row in rows]).tolist(),
         "sparsity": [_share(report) for report in reports],
+        "weight_sparsity": [row["sparsity"] for row in rows],
+        "explored": _explored(rows[-1]) if rows else None,
         "layers_sparsity": _by_layer(reports, "gradient_sparsity"),
         "layers_angle": _by_layer(reports, "angle"),
     }
@@ -218,6 +226,12 @@ def fit(trainer, train, epochs, test):
 def _share(report):
     values = sum(layer["values"] for layer in report.values())
     return sum(layer["values"] * layer["gradient_sparsity"] for layer in report.values()) / max(1, values)
+
+
+def _explored(row):
+    """Share of the weights that existed at some time, None without a method of sparsity."""
+    weights = sum(layer["weights"] for layer in row["weights"].values())
+    return sum(layer["weights"] * layer["explored"] for layer in row["weights"].values()) / weights if weights else None
 
 
 def _by_layer(reports, what):
@@ -250,10 +264,11 @@ class NaturalZeros(Callback):
             self.method.detach()
 
 
-def run_all(runs, options, models, methods, callbacks=lambda: ()):
+def run_all(runs, options, models, methods, callbacks=lambda: (), sparsities=None):
     """{model: {configuration: [records]}} of models x methods x seeds.
 
-    methods: {configuration: f(seed, model) -> Method or None}; callbacks: a function that makes those of a run.
+    methods: {configuration: f(seed, model) -> Method or None}; callbacks: a function that makes those of a run;
+    sparsities: {configuration: trainer()'s argument sparsity}.
     """
     found = {}
     for model in models:
@@ -261,13 +276,16 @@ def run_all(runs, options, models, methods, callbacks=lambda: ()):
         for name, make in methods.items():
             for seed in options.seeds:
                 method, label = make(seed, model), f"{model}/{name}/{seed}"
+                weights = (sparsities or {}).get(name)
 
-                def work(model=model, how=how, seed=seed, method=method, label=label):
+                def work(model=model, how=how, seed=seed, method=method, label=label, weights=weights):
                     shown = [Progress(label=label), *callbacks()]
-                    made, train, test = trainer(model, how, seed, method, shown)
+                    made, train, test = trainer(model, how, seed, method, shown, weights)
                     return fit(made, train, how.epochs, test)
 
                 settings = {"model": model, **asdict(how), "seed": seed, "backprop": repr(method)}
+                if weights is not None:
+                    settings["sparsity"] = repr(weights(model, 1, how.epochs))  # as if an epoch had one step
                 record = runs.get(label, settings, work)
                 if record is not None:
                     found.setdefault(model, {}).setdefault(name, []).append(record)
