@@ -420,6 +420,7 @@ def draw_models(options, name, title, found, x_label, series, timed):
                     time_s = np.mean([r["time_s"] for r in records], axis=0)
                     correct = 100 * np.mean([r["val_accuracy"] for r in records], axis=0)
                     by_time.plot(time_s, correct, color="0.4" if c == "exact" else f"C{i - 1}", marker=".", label=c)
+            by_x.set_xticks(sorted({x for points in series.values() for x in points}))
             by_x.set_xlabel(x_label)
             by_sparsity.set_xlabel("gradient sparsity, %")
             by_time.set_xlabel("training time, s")
