@@ -536,6 +536,11 @@ def _print_result(o, trainers, x, y):
     print(f"\n{report.layer_table(first, x, y)}")
     if o.sparsity and o.exclude:
         print(f"kept dense: {', '.join(named.layers(o.exclude, first.model))} (--exclude)")
+    changed = first.history[-1]["weights"].values()
+    if changed:
+        size = sum(layer["weights"] for layer in changed)
+        explored = sum(layer["weights"] * layer["explored"] for layer in changed) / size
+        print(f"{o.method}: {explored:.1%} of the weights of {len(changed)} layers existed at some time")
     nets = [
         f"{name}: accuracy {100 * accuracy:.1f} %, {1e3 * time_s:.2f} ms a step"
         for name, accuracy, time_s in zip(trainers, accuracies, seconds, strict=True)
