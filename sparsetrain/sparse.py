@@ -255,13 +255,12 @@ class SparseParameter(Parameter):
         """
         places = self.places()[kept]
         every = np.concatenate([places, grown])
-        if len(grown) and (
-            len(np.unique(every)) < len(every) or grown.min() < 0 or grown.max() >= math.prod(self.shape)
-        ):
-            raise ValueError("grown has a position that is stored, that comes twice or that the weight does not have")
         order = np.argsort(every, kind="stable")
+        every = every[order]
+        if len(grown) and ((np.diff(every) == 0).any() or every[0] < 0 or every[-1] >= math.prod(self.shape)):
+            raise ValueError("grown has a position that is stored, that comes twice or that the weight does not have")
         columns = math.prod(self.shape[1:])
-        rows, indices = np.divmod(every[order], columns)
+        rows, indices = np.divmod(every, columns)
         indptr = np.searchsorted(rows, np.arange(self.shape[0] + 1)).astype(np.int32)
 
         def moved(values):
