@@ -157,12 +157,13 @@ def _medians(repetitions):
 
 
 def _difference(samples, peer):
-    """Largest relative difference from PyTorch's sampled numbers, else the first peer's."""
+    """Largest relative difference from PyTorch's sampled numbers, else the first peer's; 0 where there are none."""
     reference = samples.get("torch", next(iter(samples.values())))
-    return max(
+    differences = (
         math.dist(numbers, reference[what]) / (math.hypot(*reference[what]) or 1.0)
         for what, numbers in samples[peer].items()
     )
+    return max(differences, default=0.0)
 
 
 def _check_same_net(outcome):
