@@ -339,7 +339,9 @@ def _options(given, table):
                 raise ValueError("--sparsity and --sparsity-from-weights were given, must be one of them")
             o.sparsity = 0.0
     _backprop(o)  # its checks
-    changing = _changing(o, 1000) if o.sparsity else None
+    changing = _changing(o, 1000)
+    if changing is not None and o.sparsity_from_weights:
+        raise ValueError(f"--method {o.method} is not for --sparsity-from-weights")
     if o.method == "n:m" and o.sparsity:
         o.sparsity = changing.sparsity
     if o.lr is None:
@@ -476,8 +478,8 @@ def _load(o, model):
     state = interchange.read_state(o.weights)
     head = o.head
     if head == "auto":
-        last = [p for p in model.parameters() if len(p.shape) > 1][-1]
-        theirs = [array for array in state.values() if array.ndim > 1]
+        name, last = [(name, p) for name, p in model.named_parameters() if len(p.shape) > 1][-1]
+        theirs = [state[name]] if name in state else [array for array in state.values() if array.ndim > 1]
         head = "keep" if theirs and theirs[-1].shape == last.shape else "new"
     interchange.load_state(model, state, head=head)
 

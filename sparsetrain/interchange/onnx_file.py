@@ -4,6 +4,7 @@ import numpy as np
 
 from sparsetrain import nn
 from sparsetrain.files import replacing
+from sparsetrain.nn.module import evaluating
 
 OPSET = 17
 READS = (
@@ -46,6 +47,8 @@ class _Graph:
         self.nodes = []
         for node in graph.node:
             if node.op_type == "Constant":
+                if "value" not in self._attributes(node):
+                    raise self._unsupported(node, "that is no tensor")
                 self.constants[node.output[0]] = self._array(self._attributes(node)["value"])
             elif node.op_type == "Reshape" and all(name in self.constants for name in node.input[:2]):
                 shape = [int(n) for n in self.constants[node.input[1]]]
@@ -56,6 +59,9 @@ class _Graph:
         if len(inputs) != 1 or len(graph.output) != 1:
             raise ValueError(f"{path} has {len(inputs)} inputs and {len(graph.output)} outputs, must have one of each")
         self.first, self.last = inputs[0], graph.output[0].name
+        (shape,) = [i.type.tensor_type.shape for i in graph.input if i.name == self.first]
+        self.image = [axis.dim_value for axis in shape.dim][1:]  # 0 where it is not said
+        self.features = []  # (Flatten, features, node) of each Reshape that names them
 
     def _array(self, tensor):
         if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
@@ -66,7 +72,22 @@ class _Graph:
         layers, at = self._chain(self.first, {self.last})
         if at != self.last:
             raise ValueError(f"{self.path}: the output {self.last} is not reached from the input")
-        return nn.Sequential(*layers)
+        model = nn.Sequential(*layers)
+        if self.features and len(self.image) == 3 and min(self.image) > 0:
+            self._check_features(model)
+        return model
+
+    def _check_features(self, model):
+        """ValueError where a Reshape makes another number of features than an image has."""
+        wanted = {id(layer): (features, node) for layer, features, node in self.features}
+
+        def look(name, module, phase, seconds, y):
+            features, node = wanted.get(id(module), (None, None))
+            if features not in (None, y.shape[1]):
+                raise self._unsupported(node, f"to {features} features of {y.shape[1]}")
+
+        with evaluating(model), nn.observe(model, look):
+            model(np.zeros((1, *self.image), np.float32))
 
     def _readers(self, name):
         return [node for node in self.nodes if name in node.input]
@@ -130,10 +151,13 @@ class _Graph:
 
     def _layer(self, node, before):
         """The layers of a node, [] if it goes into the last of those before it."""
-        make = getattr(self, f"_{node.op_type.lower()}", None)
-        if make is None or node.op_type.startswith("_"):
+        make = self.makers.get(node.op_type)
+        if make is None or node.domain not in ("", "ai.onnx"):
             raise self._unsupported(node, "which no layer does")
-        made = make(node, self._attributes(node), before)
+        try:
+            made = make(self, node, self._attributes(node), before)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise self._unsupported(node, f"that is malformed ({error})") from error
         return made if isinstance(made, list) else [made]
 
     def _weights(self, node, index):
@@ -167,6 +191,8 @@ class _Graph:
         weight, bias = self._weights(node, 1), self._weights(node, 2)
         kernel, stride, padding, dilation = self._window(node, {"kernel_shape": weight.shape[2:], **about})
         groups = about.get("group", 1)
+        if weight.ndim != 4 or kernel != weight.shape[2:]:
+            raise self._unsupported(node, f"with a kernel {kernel} and weights of shape {weight.shape}")
         layer = nn.Conv2d(
             weight.shape[1] * groups, weight.shape[0], kernel, stride, padding, dilation, groups, bias is not None
         )
@@ -176,6 +202,8 @@ class _Graph:
         weight, bias = self._weights(node, 1), self._weights(node, 2)
         if about.get("alpha", 1.0) != 1.0 or about.get("beta", 1.0) != 1.0 or about.get("transA"):
             raise self._unsupported(node, "with alpha, beta or transA")
+        if weight.ndim != 2:
+            raise self._unsupported(node, f"by an array of shape {weight.shape}")
         weight = weight if about.get("transB") else weight.T
         return _filled(nn.Linear(*weight.shape[::-1], bias=bias is not None), weight, bias)
 
@@ -191,7 +219,8 @@ class _Graph:
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             raise self._unsupported(node, "of a constant that follows no convolution or linear layer")
         size = layer.weight.shape[0]
-        if bias.size != size or (isinstance(layer, nn.Conv2d) and bias.shape[-2:] != (1, 1)):
+        shape = (size, 1, 1) if isinstance(layer, nn.Conv2d) else (size,)
+        if bias.shape not in (shape, (1, *shape)):
             raise self._unsupported(node, f"of a constant of shape {bias.shape} to {size} channels")
         bias = np.asarray(bias, np.float32).reshape(size)
         layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias.data + bias)
@@ -199,7 +228,8 @@ class _Graph:
 
     def _batchnormalization(self, node, about, before):
         gamma, beta, mean, var = (self._weights(node, i) for i in range(1, 5))
-        kind = nn.BatchNorm1d if before and isinstance(before[-1], nn.Linear) else nn.BatchNorm2d
+        flat = next((layer for layer in reversed(before) if not isinstance(layer, nn.ReLU)), None)
+        kind = nn.BatchNorm1d if isinstance(flat, (nn.Linear, nn.Flatten, nn.BatchNorm1d)) else nn.BatchNorm2d
         layer = kind(len(gamma), eps=float(about.get("epsilon", 1e-5)))
         _filled(layer, gamma, beta)
         buffers = dict(layer.named_buffers())
@@ -216,7 +246,9 @@ class _Graph:
         return nn.MaxPool2d(kernel, stride, padding)
 
     def _averagepool(self, node, about, before):
-        kernel, stride, padding, _ = self._window(node, about)
+        kernel, stride, padding, dilation = self._window(node, about)
+        if dilation != (1, 1):
+            raise self._unsupported(node, "with dilations")
         if padding != (0, 0) and not about.get("count_include_pad"):
             raise self._unsupported(node, "that does not count its padding")
         return nn.AvgPool2d(kernel, stride, padding)
@@ -233,17 +265,26 @@ class _Graph:
         shape = self.constants.get(node.input[1])
         if shape is None or len(shape) != 2 or shape[0] not in (-1, 0, 1):
             raise self._unsupported(node, f"to {None if shape is None else tuple(shape)}")
-        return nn.Flatten()
+        layer = nn.Flatten()
+        if shape[1] > 0:
+            self.features.append((layer, int(shape[1]), node))
+        return layer
 
     def _identity(self, node, about, before):
         return []
 
-    _dropout = _identity
+    makers = {
+        "Add": _add, "AveragePool": _averagepool, "BatchNormalization": _batchnormalization, "Conv": _conv,
+        "Dropout": _identity, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _globalaveragepool,
+        "Identity": _identity, "MatMul": _matmul, "MaxPool": _maxpool, "Relu": _relu, "Reshape": _reshape,
+    }  # fmt: skip
 
 
 def _filled(layer, weight, bias):
     layer.weight = nn.Parameter(np.ascontiguousarray(weight, np.float32))
-    layer.bias = None if bias is None else nn.Parameter(np.ascontiguousarray(bias, np.float32).reshape(-1))
+    if bias is not None:
+        bias = nn.Parameter(np.broadcast_to(np.asarray(bias, np.float32).reshape(-1), len(weight)).copy())
+    layer.bias = bias
     return layer
 
 

@@ -1,8 +1,8 @@
 """Weights of other programs by name: reading files of them, and putting them into a model."""
 
+import json
 import os
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,17 +43,26 @@ def read_state(path):
         if not isinstance(name, str) or not isinstance(array, np.ndarray):
             raise ValueError(f"{path} holds {name!r}, a {type(array).__name__}, must be names and arrays")
     if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): array for name, array in state.items()}
-    return dict(state)
+        state = type(state)((name.removeprefix("module."), array) for name, array in state.items())
+    return state
+
+
+class _Unordered(dict):
+    """Arrays whose order in the file says nothing."""
 
 
 def _safetensors(path):
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            if "sparsetrain" not in (file.metadata() or {}):
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (safetensors.SafetensorError, TypeError) as error:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged ({error})") from error
+            meta = file.metadata() or {}
+            if "sparsetrain" not in meta:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                names = json.loads(meta.get("order", "null"))
+                return _Unordered(found) if names is None else {name: found[name] for name in names}
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors, JSON and NumPy's types
+        raise ValueError(f"{path} is not a safetensors file that can be read, or is damaged ({error})") from error
     return checkpoint.read_state(path)
 
 
@@ -65,33 +74,26 @@ def _npz(path):
             raise ValueError(f"it would take {size} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        KeyError,
-        MemoryError,
-        NotImplementedError,
-        OverflowError,
-    ) as error:
-        raise ValueError(f"{path} is not a .npz file, or is damaged ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or forged file can bring zipfile and NumPy to
+        raise ValueError(f"{path} is not a .npz file that can be read: {type(error).__name__}: {error}") from error
 
 
 def write_state(path, model):
     """Write the model's state_dict(), dense and with its names, which are PyTorch's, as a safetensors file."""
     state = {name: np.asarray(array, order="C") for name, array in model.state_dict().items()}
     with replacing(path, "wb") as file:
-        file.write(safetensors.numpy.save(state))
+        file.write(safetensors.numpy.save(state, {"order": json.dumps(list(state))}))
 
 
 def load_state(model, state, names=None, head="keep"):
     """Put {name: array} of another program into the model; ValueError, and no change, if it does not fit.
 
     names: None if they are the model's own or in the same order (weights, biases and statistics are told apart by what
-    follows the last dot); or {their name: our name}. Arrays become the model's dtype. Counts of batches may lack.
-    head="new": the last layer with weights stays as it is, whatever the file has for it.
+    follows the last dot; safetensors files of others keep no order); or {their name: our name}. Arrays become the
+    model's dtype. Counts of batches may lack. head="new": the last layer with weights stays as it is, whatever the
+    file has for it.
     """
     ours = model.state_dict()
     kept = set()
@@ -105,7 +107,10 @@ def load_state(model, state, names=None, head="keep"):
         if missing:
             raise ValueError(f"names has {missing[0]!r}, which the state lacks")
         state = {names[name]: array for name, array in state.items() if name in names}
-    elif set(state) - kept != set(ours) - kept and not _only_counts(set(state) ^ set(ours)):
+    elif not _only_counts((set(state) ^ set(ours)) - kept):
+        if isinstance(state, _Unordered):
+            odd = sorted((set(state) ^ set(ours)) - kept)[0]
+            raise ValueError(f"only one of the state and the model has {odd}, and the file keeps no order: give names=")
         state = _in_order(state, ours, kept)
     state = {name: array for name, array in state.items() if name not in kept}
     found = dict(ours)

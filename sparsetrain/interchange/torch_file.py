@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 
+COPIES = 8  # of the file, that tensors may take as memory beside it
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of files that are no zip archive
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "LongStorage": np.int64,
@@ -24,26 +25,20 @@ STORAGES = {
 def read(path):
     """The object in the file at path, its tensors as NumPy arrays; ValueError if it has anything but tensors, numbers,
     strings, dicts and lists, or is damaged."""
+    room = COPIES * os.path.getsize(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                return _archive(archive)
+                return _archive(archive, room)
         with open(path, "rb") as file:
-            return _sequence(file)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-    ) as error:
-        raise ValueError(f"{path} is not a file of PyTorch, or is damaged ({error})") from error
-    except (MemoryError, NotImplementedError, RecursionError, TypeError, UnicodeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+            return _sequence(file, room)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or forged file can bring pickle, zipfile and NumPy to
+        raise ValueError(f"{path} is not a file of PyTorch, or is damaged: {type(error).__name__}: {error}") from error
 
 
-def _archive(archive):
+def _archive(archive, room):
     names = archive.namelist()
     (main,) = [name for name in names if name.split("/")[1:] == ["data.pkl"]] or [None]
     if main is None:
@@ -52,51 +47,63 @@ def _archive(archive):
         raise ValueError("it is compressed, which PyTorch's files are not")
     folder = main.partition("/")[0]
 
+    found = {}
+
     def storage(dtype, key, size):
-        return np.frombuffer(archive.read(f"{folder}/data/{key}"), dtype, size)
+        if key not in found:
+            found[key] = archive.read(f"{folder}/data/{key}")
+        return np.frombuffer(found[key], dtype, size)
 
     with archive.open(main) as file:
-        return _Reader(file, storage).load()
+        return _Reader(file, storage, room).load()
 
 
-def _sequence(file):
-    plain = [_Reader(file, None).load() for _ in range(3)]
+def _sequence(file, room):
+    plain = [_Reader(file).load() for _ in range(3)]
     if plain[:2] != [MAGIC, PROTOCOL] or plain[2].get("little_endian") is not True:
         raise ValueError("it does not begin as PyTorch's files do")
     start = file.tell()
 
     # The storages come after the object that refers to them: once through for their types, then for their values.
-    wanted, room = {}, os.fstat(file.fileno()).st_size
+    wanted = {}
 
     def note(dtype, key, size):
-        if size * np.dtype(dtype).itemsize > room:
-            raise ValueError(f"storage {key!r} has {size} values, more than the file")
-        wanted[key] = np.dtype(dtype), size
-        return np.broadcast_to(np.zeros(1, dtype), size)
+        wanted[key] = dtype, size
 
     _Reader(file, note).load()
     found = {}
-    for key in _Reader(file, None).load():
+    for key in _Reader(file).load():
         dtype, size = wanted[key]
         if int.from_bytes(file.read(8), "little") != size:
             raise ValueError(f"storage {key!r} has another size than its tensors say")
-        found[key] = np.frombuffer(file.read(size * dtype.itemsize), dtype, size)
+        found[key] = np.frombuffer(file.read(min(size * dtype.itemsize, room)), dtype, size)
     file.seek(start)
-    return _Reader(file, lambda dtype, key, size: found[key]).load()
+    return _Reader(file, lambda dtype, key, size: found[key], room).load()
 
 
-class _Reader(pickle.Unpickler):
-    """storage: a function (dtype, key, size) -> array."""
+class _Reader(pickle._Unpickler):
+    """storage: a function (dtype, key, size) -> array, or None, of which no tensors are made. room: bytes that
+    tensors may take beside their storages.
 
-    def __init__(self, file, storage):
+    The unpickler in Python, since the memo of the one in C grows to any index that a file names.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, storage=None, room=0):
         super().__init__(file, encoding="utf-8")
-        self.storage = storage
+        self.storage, self.room = storage, room
+
+    def load_build(self):
+        self.stack.pop()  # attributes, such as the versions that PyTorch writes beside a state dict, are not set
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module, name):
         known = {
             ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor"): _tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_tensor"): self.tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter,
             **{("torch", storage): _Storage(dtype) for storage, dtype in STORAGES.items()},
         }
@@ -113,24 +120,29 @@ class _Reader(pickle.Unpickler):
             raise ValueError(f"a storage has {saved[4]!r} values")
         return self.storage(saved[1].dtype, saved[2], saved[4])
 
+    def tensor(self, storage, offset, size, stride, *_):
+        size, stride = tuple(map(int, size)), tuple(map(int, stride))
+        if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
+            raise ValueError(f"a tensor has size {size}, stride {stride} and offset {offset}")
+        if storage is None:
+            return None
+        values = math.prod(size)
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        if values > len(storage) or (values and last >= len(storage)):
+            raise ValueError(f"a tensor of size {size} does not lie in its storage of {len(storage)} values")
+        view = np.lib.stride_tricks.as_strided(storage[offset:], size, [s * storage.itemsize for s in stride])
+        if not view.flags.c_contiguous:
+            self.room -= view.nbytes
+            if self.room < 0:
+                raise ValueError("its tensors would take many times as much memory as the file")
+        return np.ascontiguousarray(view).reshape(size)
+
 
 class _Storage:
     """A type of storage by its name; it does nothing."""
 
     def __init__(self, dtype):
         self.dtype = np.dtype(dtype)
-
-
-def _tensor(storage, offset, size, stride, *_):
-    size, stride = tuple(map(int, size)), tuple(map(int, stride))
-    if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
-        raise ValueError(f"a tensor has size {size}, stride {stride} and offset {offset}")
-    values = math.prod(size)
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if values > len(storage) or (values and last >= len(storage)):
-        raise ValueError(f"a tensor of size {size} does not lie in its storage of {len(storage)} values")
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, [s * storage.itemsize for s in stride])
-    return np.ascontiguousarray(view).reshape(size)
 
 
 def _parameter(data, *_):

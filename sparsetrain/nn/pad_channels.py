@@ -12,7 +12,7 @@ class PadChannels(Module):
     """
 
     def __init__(self, before, after, stride=2):
-        self.before, self.after = checks.integer("before", before), checks.integer("after", after)
+        self.before, self.after = checks.integer("before", before, low=0), checks.integer("after", after, low=0)
         self.stride = checks.integer("stride", stride, low=1)
 
     def forward(self, x, halo):
