@@ -73,6 +73,7 @@ def main():
     found = common.run_all(runs, options, MODELS, exact, sparsities=METHODS)
     common.print_models(found)
     print_claims(found)
+    found = {model: configurations for model, configurations in found.items() if set(configurations) > {"exact"}}
     common.draw(options, "sparseprop", "Sparse from scratch", (max(1, len(found)), 2), lambda axes: plot(axes, found))
 
 
@@ -119,6 +120,7 @@ def plot(axes, found):
             error = [np.std(values) if len(values) > 1 else math.nan for values in correct]
             bars.errorbar(x, [np.mean(c) for c in correct], error, fmt="o", label=f"{share:.0%} sparse")
         bars.set_xticks(range(len(KINDS)), list(KINDS))
+        bars.set_xlim(-0.5, len(KINDS) - 0.5)
         bars.set_ylabel("test accuracy, %")
         for i, name in enumerate(["exact", *(f"{kind}-0.9" for kind in KINDS)]):
             records = [r for r in configurations.get(name, []) if r["accuracy"] is not None]
