@@ -437,7 +437,8 @@ status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) // 1024)  # of this program alone, unlike getrusage()
 """
     command = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    # Not in the checkout, whose package may have no built core
+    done = subprocess.run(command, cwd=path.parent, env=ENVIRONMENT, capture_output=True, text=True)
     return done.returncode, int(done.stdout or 0)
 
 
