@@ -9,7 +9,7 @@ from sparsetrain.sparsity.drop_grow import DropGrow, largest_gradients, smallest
 class RigL(DropGrow):
     """At each update the weights of the least magnitude go, and as many grow where the loss has the largest gradients.
 
-    Gradients of weights that are not stored are taken in that one step, in blocks (method.Probe).
+    Gradients of weights that are not stored are taken in that one step, in blocks (probe.py).
 
     Source: Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134, algorithm 1; fraction 0.3, every 100 steps,
     stop at three quarters of the run are its settings for CNNs.

@@ -9,7 +9,8 @@ import sparsetrain as st
 from sparsetrain import nn, ops
 from sparsetrain.backprop import Dithered
 from sparsetrain.sparsity import RigL
-from sparsetrain.sparsity.method import Layer, Probe
+from sparsetrain.sparsity.method import Layer
+from sparsetrain.sparsity.probe import Probe
 
 CONVOLUTIONS = {
     "plain": {},
