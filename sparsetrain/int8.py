@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsetrain import arrays, choices, ops, plans, slabs, sparse_gradient
+from sparsetrain import arrays, ops, plans, slabs, sparse_gradient
 from sparsetrain._kernels import core
 from sparsetrain.record import tell
 from sparsetrain.sparse import Structure
@@ -181,19 +181,7 @@ def _forward(x, weight, rounded, bias, geometry, halo, relu):
     oh, ow = geometry.output((*weight.shape, 1, 1)[2:4], height, width)
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.quads.ndim)
     start = time.perf_counter()
-    quads = rounded.structure
-    key = (
-        "int8",
-        geometry,
-        x.quads.array.shape,
-        x.quads.array.strides,
-        y.array.strides,
-        core.get_isa(),
-        choices.edition(),
-    )
-    step = quads.plans.get(key)
-    if step is None:
-        step = quads.plans[key] = plans.forward(quads, geometry, x.quads, y)
+    step = ops.planned(rounded, "forward", geometry, plans.forward, x.quads, y)
     # Packing moves 32 bits as they are, and is there for floats.
     values = step.values(rounded.quads.view(np.float32)).view(np.int32)
     shift = np.zeros(weight.shape[0], np.float32) if bias is None else bias.data
@@ -255,7 +243,7 @@ def _products(x, weight, rounded, dy, entries, step, halo, into):
     levels = rounded.levels
     if not weight.structure.dense:
         levels = np.zeros(math.prod(weight.shape), np.int8)
-        levels[weight.structure.rows() * np.int64(math.prod(weight.shape[1:])) + weight.indices] = rounded.levels
+        levels[weight.places()] = rounded.levels
     dx = into
     if dx is None:
         _, _, height, width, _ = x.quads.array.shape

@@ -15,7 +15,7 @@ from sparsetrain.normed import Normed, NormedGradient
 from sparsetrain.record import tell, told
 
 
-def _planned(weight, kind, geometry, build, *blocked):
+def planned(weight, kind, geometry, build, *blocked):
     """The plan of this kind for arrays of these strides, made once for the weight's structure."""
     layout = tuple((b.array.shape, b.array.strides) for b in blocked)
     key = (kind, geometry, layout, core.get_isa(), choices.edition())
@@ -54,7 +54,7 @@ def conv2d(x, weight, bias, geometry, halo=(0, 0), relu=False):
     oh, ow = geometry.output(kernel, height, width)
     y = arrays.empty(x.n, weight.shape[0], oh, ow, x.dtype, halo, x.ndim)
     start = time.perf_counter()
-    step = _planned(weight, "forward", geometry, plans.forward, x, y)
+    step = planned(weight, "forward", geometry, plans.forward, x, y)
     values, b = step.values(weight.data.reshape(-1)), None if bias is None else bias.data
     core.spmm(step.plan, x.array, values, b, y.array, False, relu)
     tell("forward", start, [x], [y], weight=weight, output=y, plans=(step.plan,))
@@ -76,7 +76,7 @@ def weight_gradient(x, weight, geometry, dy):
         core.linear_gradient(x.array, dy.array, grad, accumulate)
     else:
         x = x.with_halo(geometry.padding)
-        used = (_planned(weight, "weight", geometry, plans.weight_gradient, x, dy),)
+        used = (planned(weight, "weight", geometry, plans.weight_gradient, x, dy),)
         core.sddmm(*used, x.array, dy.array, grad.reshape(-1), accumulate)
     tell("weight gradient", start, [x, dy], [], weight=weight, output=dy, plans=used)
 
@@ -86,7 +86,7 @@ def input_gradient(x, weight, geometry, dy, halo=(0, 0), into=None):
     start = time.perf_counter()
     dy = dy.with_halo(geometry.grad_halo((*weight.shape, 1, 1)[2:4]))
     dx = x.like(halo) if into is None else into
-    steps = _planned(weight, "input", geometry, plans.input_gradient, dy, dx)
+    steps = planned(weight, "input", geometry, plans.input_gradient, dy, dx)
     for step in steps:
         core.spmm(step.plan, dy.array, step.values(weight.data.reshape(-1)), None, dx.array, into is not None)
     used = tuple(step.plan for step in steps)
@@ -136,7 +136,7 @@ def conv2d_bands(x, weight, geometry, moments):
     source, lies, formed, forming = _band_arguments(x, geometry)
     y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)
     build = partial(bands.forward, formed=formed)
-    plan, step = _planned(weight, ("forward bands", formed), geometry, build, lies, y)
+    plan, step = planned(weight, ("forward bands", formed), geometry, build, lies, y)
     keep = None
     if not formed and x.keep is not None:
         keep = x.like(tuple(map(max, x.keep, geometry.padding)))
@@ -165,7 +165,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     build = partial(bands.backward, formed=formed)
     if dx is None:
         build = partial(build, dx=None)
-    plan, steps = _planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
+    plan, steps = planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
     pixels, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
     mean_g, slope = np.zeros((2, weight.shape[0]), dtype)
     if norm.training:

@@ -4,6 +4,7 @@ A sparse weight keeps its values in the order of a CSR matrix whose rows are out
 columns are (input channel, kernel row, kernel column). Gradient and optimiser slots have the same length.
 """
 
+import copy
 import math
 import sys
 
@@ -94,7 +95,7 @@ class Parameter:
         _check_values("data", data)
         self.data = np.ascontiguousarray(data)
         self.structure = Structure(self.data.shape)
-        self.grad, self.slots, self._buffer = None, {}, None
+        self.grad, self.slots, self._buffer, self._full = None, {}, None, None
 
     @property
     def shape(self):
@@ -133,6 +134,12 @@ class Parameter:
                 self._buffer = np.empty_like(self.data)
             self.grad = self._buffer
         return self.grad, accumulate
+
+    def snapshot(self):
+        """A parameter with the same structure and a copy of the values, without gradient and slots."""
+        other = copy.copy(self)
+        other.data, other.grad, other.slots, other._buffer, other._full = self.data.copy(), None, {}, None, None
+        return other
 
     def keep(self, kept):
         """Remove the weights where the boolean array `kept` (of data's shape) is false; slots follow the others.
@@ -278,8 +285,7 @@ class SparseParameter(Parameter):
         data, slots = self.to_dense(), {name: self._scatter(slot) for name, slot in self.slots.items()}
         self.__class__ = Parameter
         self.data, self.slots, self.structure = data, slots, Structure(data.shape)
-        self.grad = self._buffer = None
-        del self._full
+        self.grad = self._buffer = self._full = None
 
     def places(self):
         """Position of each stored weight in the weight as a flat dense array, int64, ascending."""

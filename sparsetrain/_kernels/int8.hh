@@ -3,7 +3,7 @@
 //
 // A quad is four channels of a pixel, so 16 images of it fill what 16 floats do: an array of quads is laid out as one of
 // floats with a quarter of the channels, and spmm() multiplies quads by quads of weights as it does floats, four products
-// for one. The idea of summing four bytes at once is that of AVX-512 VNNI; without it the same sums take five instructions.
+// for one. The idea of summing four bytes at once is that of AVX-512 VNNI; without it the same sums take six instructions.
 
 template <class F> INLINE void for_pixels(Shape s, View<float> x, long plane, F f) {
     for (long h = 0; h < s.height; h++) {

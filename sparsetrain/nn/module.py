@@ -241,6 +241,11 @@ class Module:
         state = {name: p.to_dense() for name, p in self.named_parameters()}
         return state | {name: b.copy() for name, b in self.named_buffers()}
 
+    def set_parameter(self, name, parameter):
+        """Put a Parameter in the place of the one of this name; KeyError if no module has such a name."""
+        path, _, attribute = name.rpartition(".")
+        setattr(dict(self.named_modules())[path], attribute, parameter)
+
     def load_state_dict(self, state):
         """Take the values of state_dict(). Nothing is changed if a key is missing or too many, a shape or dtype
         differs, or a weight that is not stored here is not zero: ValueError (KeyError for keys)."""

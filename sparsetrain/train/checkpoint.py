@@ -132,8 +132,7 @@ def resume(trainer_class, path, model, optimizer, settings):
 
     # Everything fits: from here on nothing can fail.
     for name, parameter in parameters.items():
-        module, attribute = _owner(model, name)
-        setattr(module, attribute, parameter)
+        model.set_parameter(name, parameter)
     for name, buffer in model.named_buffers():
         buffer[...] = buffers[name]
     optimizer.params = [parameters[name] for name in names]
@@ -246,12 +245,6 @@ def _own_name(module, thing):
     """The name of a class or function if it is the one that module has by it, else None."""
     name = getattr(thing, "__name__", "")
     return name if getattr(module, name, None) is thing else None
-
-
-def _owner(model, name):
-    """The module that holds the parameter of this name, and its attribute there."""
-    path, _, attribute = name.rpartition(".")
-    return dict(model.named_modules())[path], attribute
 
 
 def _parameters(path, meta, arrays, model):

@@ -1,7 +1,5 @@
 """FreeTickets: an ensemble collected from one run whose weights come and go."""
 
-import copy
-
 import numpy as np
 
 from sparsetrain import checks
@@ -36,12 +34,7 @@ class FreeTickets(Callback):
             raise ValueError("the tickets are another trainer's")
         self._trainer = trainer
         with trainer.effective_weights():
-            parameters = [copy.copy(p) for p in trainer.model.parameters()]
-        for parameter in parameters:
-            parameter.data, parameter.slots, parameter.grad = parameter.data.copy(), {}, None
-            parameter._buffer = None
-            if hasattr(parameter, "_full"):
-                parameter._full = None
+            parameters = [parameter.snapshot() for parameter in trainer.model.parameters()]
         self.tickets.append((parameters, [buffer.copy() for _, buffer in trainer.model.named_buffers()]))
 
     def predict(self, data, batch_size=256):
@@ -74,9 +67,7 @@ class FreeTickets(Callback):
     def _put(self, ticket):
         parameters, buffers = ticket
         model = self._trainer.model
-        modules = dict(model.named_modules())
         for (name, _), parameter in zip(model.named_parameters(), parameters, strict=True):
-            path, _, attribute = name.rpartition(".")
-            setattr(modules[path], attribute, parameter)
+            model.set_parameter(name, parameter)
         for (_, buffer), values in zip(model.named_buffers(), buffers, strict=True):
             buffer[...] = values
