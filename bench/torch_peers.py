@@ -272,6 +272,12 @@ def _lenet5(channels):
     )
 
 
+def _small_cnn(channels, width=32):
+    pooled = [*_conv_bn_relu(channels, width), nn.MaxPool2d(2), *_conv_bn_relu(width, 2 * width), nn.MaxPool2d(2)]
+    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)]
+    return nn.Sequential(*pooled, *_conv_bn_relu(2 * width, 4 * width), *last)
+
+
 def _vgg11(channels):
     layers = []
     for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
@@ -312,5 +318,6 @@ NETS = {
     "resnet18": _resnet18,
     "vgg11": _vgg11,
     "lenet5": _lenet5,
+    "small-cnn": _small_cnn,
     "mlp": _mlp,
 }

@@ -24,6 +24,7 @@ from sparsetrain.files import replacing  # noqa: E402
 from sparsetrain.train import Callback, Progress, TrainingDiverged  # noqa: E402
 
 QUICK_IMAGES, QUICK_BATCH = 128, 32
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,24 @@ class Runs:
     def get(self, name, settings, work):
         """The record of a run, from work() -> dict unless it is finished; None if it is not and may not be started."""
         settings = json.loads(json.dumps(settings))
-        chosen = any(fnmatch.fnmatchcase(name, glob) for glob in self.options.only or ["*"])
-        if not (chosen and self.options.force):
+        if not (self.chosen(name) and self.options.force):
             for runs in (self.runs, *self.known):
                 if runs.get(name, {}).get("settings") == settings:
                     if runs is not self.runs:
                         self._keep(name, runs[name])
                     return runs[name]
-        if not chosen or time.perf_counter() - self.start > 60 * self.options.minutes:
+        if not self.chosen(name) or time.perf_counter() - self.start > 60 * self.options.minutes:
             return None
         start = time.perf_counter()
-        result = rounded(work())
-        seconds = round(time.perf_counter() - start, 4)
+        return self.add(name, settings, work(), time.perf_counter() - start)
+
+    def chosen(self, name):
+        """Whether --only names this run."""
+        return any(fnmatch.fnmatchcase(name, glob) for glob in self.options.only or ["*"])
+
+    def add(self, name, settings, result, seconds):
+        """The record of a run that has just ended, which is kept."""
+        result, seconds = rounded(result), round(seconds, 4)
         about = {"commit": self.about["machine"]["commit"], "date": _now(), "threads": self.about["threads"]}
         self._keep(name, {"settings": settings, **about, "seconds": seconds, **result})
         numbers = ", ".join(f"{key} {value}" for key, value in result.items() if np.isscalar(value))
@@ -186,11 +193,11 @@ def trainer(model, recipe, seed, method=None, callbacks=(), sparsity=None):
     batches = data.Batches(*images.train, recipe.batch, shuffle=True, seed=seed, **augment, **scale)
     st.manual_seed(seed)
     net = named.model(model, images.train[0].shape[1:], len(images.classes))
-    optimizer = optim.SGD(net.named_parameters(), lr=recipe.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = optim.SGD(net.named_parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = optim.warmup(optim.cosine(recipe.lr, recipe.epochs * len(batches)), len(batches))
     weights = None if sparsity is None else sparsity(model, len(batches), recipe.epochs)
-    settings = {"schedule": schedule, "backprop": method, "sparsity": weights, "callbacks": callbacks}
-    made = st.Trainer(net, optimizer, **settings)
+    options = {"schedule": schedule, "backprop": method, "sparsity": weights, "callbacks": callbacks}
+    made = st.Trainer(net, optimizer, **options)
     return made, batches, data.Batches(*images.test, 256, **scale)
 
 
@@ -264,6 +271,14 @@ class NaturalZeros(Callback):
             self.method.detach()
 
 
+def settings(model, recipe, seed, method, sparsity=None):
+    """What a run's result depends on; the arguments are those of trainer()."""
+    found = {"model": model, **asdict(recipe), "seed": seed, "backprop": repr(method)}
+    if sparsity is not None:
+        found["sparsity"] = repr(sparsity(model, 1, recipe.epochs))  # as if an epoch had one step
+    return found
+
+
 def run_all(runs, options, models, methods, callbacks=lambda: (), sparsities=None):
     """{model: {configuration: [records]}} of models x methods x seeds.
 
@@ -283,10 +298,7 @@ def run_all(runs, options, models, methods, callbacks=lambda: (), sparsities=Non
                     made, train, test = trainer(model, how, seed, method, shown, weights)
                     return fit(made, train, how.epochs, test)
 
-                settings = {"model": model, **asdict(how), "seed": seed, "backprop": repr(method)}
-                if weights is not None:
-                    settings["sparsity"] = repr(weights(model, 1, how.epochs))  # as if an epoch had one step
-                record = runs.get(label, settings, work)
+                record = runs.get(label, settings(model, how, seed, method, weights), work)
                 if record is not None:
                     found.setdefault(model, {}).setdefault(name, []).append(record)
     return found
@@ -364,8 +376,8 @@ def print_models(found):
                 ]
             )
         headings = ["runs", "diverged", "accuracy %", "s.e.", "points lost", "s.e.", "zeros %", "s an epoch"]
-        settings = next(iter(configurations.values()))[0]["settings"]
-        print(f"\n{model} on {settings['data']}, {settings['epochs']} epochs")
+        how = next(iter(configurations.values()))[0]["settings"]
+        print(f"\n{model} on {how['data']}, {how['epochs']} epochs")
         print(bench.table(["", *headings, f"s to {100 * goal:.1f} %"], rows))
 
 

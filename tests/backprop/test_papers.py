@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparsetrain import data
 
 FOLDER = Path(__file__).parents[2] / "bench" / "papers"
 ENERGY = Path("enb2012", "ENB2012_data.csv")
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "turns"))
 
 
 def run(script, folder, *options):
@@ -59,6 +60,14 @@ def test_script_runs_on_a_few_images(script, tmp_path):
         assert record["settings"]["seed"] == 0
     if importlib.util.find_spec("matplotlib"):
         assert list(tmp_path.glob("papers-*.png"))
+
+
+def test_torch_of_time_to_accuracy_is_the_same_training(tmp_path):
+    pytest.importorskip("torch")
+    _, report = run("time_to_accuracy", tmp_path, "--quick", "--only", "small-cnn/torch/*", "small-cnn/exact/*")
+    theirs, ours = (report["runs"][f"small-cnn/{name}/0"] for name in ("torch", "exact"))
+    np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=1e-4)
+    np.testing.assert_allclose(theirs["val_accuracy"], ours["val_accuracy"], atol=0.04)  # of 64 images
 
 
 def test_finished_runs_are_not_run_again_unless_forced(tmp_path):
