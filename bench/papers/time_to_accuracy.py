@@ -74,8 +74,7 @@ class Run:
         self.process.stdin.flush()
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def main():
