@@ -346,7 +346,7 @@ def seconds_to(records, accuracy):
     times = [
         next((t for t, a in zip(r["time_s"], r["val_accuracy"], strict=True) if a >= accuracy), None) for r in records
     ]
-    return None if None in times else float(np.mean(times))
+    return None if None in times or not times else float(np.mean(times))
 
 
 def print_models(found):
