@@ -126,6 +126,12 @@ OPTIONS = {
         {"action": argparse.BooleanOptionalAction},
         "random crop and, but for mnist, flip (default: on cifar10 and cifar100)",
     ),
+    "mean": (
+        None,
+        {"type": float, "nargs": "+"},
+        "a value a channel that is taken from images in [0, 1], given with --std (default: the training images' mean)",
+    ),
+    "std": (None, {"type": float, "nargs": "+"}, "by which they are then divided (default: the training images')"),
     "seed": (0, {"type": int}, "seed of the weights, the order of images and augmentation"),
     "threads": (None, {"type": int}, "threads (default: as many as this process may use)"),
     "isa": (None, {}, "instruction set: base, avx2 or avx512 (default: the best there is)"),
@@ -396,6 +402,8 @@ def _write_config(o, folder):
 
 def _batches(o, dataset):
     scale = {"mean": dataset.mean, "std": dataset.std}
+    if o.mean is not None or o.std is not None:
+        scale = {"mean": o.mean, "std": o.std}
     augment = {}
     if o.augment:
         crop = 4 if o.data.startswith("cifar") else 2  # 4: He et al., CVPR 2016, section 4.2

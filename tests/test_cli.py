@@ -120,6 +120,15 @@ def test_choices(folder, arguments):
     assert cli.main(["train", *common, *arguments]) == 0
 
 
+def test_normalisation_is_the_one_given(folder):
+    for out, given in (("own", []), ("given", ["--mean", "0.4", "--std", "0.3"]), ("again", ["--resume", "given"])):
+        arguments = given if out == "again" else [*FAST, "--no-compare", "--out", out, *given]
+        assert cli.main(["train", *arguments, *(["--epochs", "3"] if out == "again" else [])]) == 0
+    assert history("own/history.csv")[0] != history("given/history.csv")[0]
+    config = json.loads(Path("given/config.json").read_text())["options"]
+    assert (config["mean"], config["std"]) == ([0.4], [0.3])
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("name", cli.MODELS)
 def test_every_model_takes_every_data_set(name, shape):
@@ -201,6 +210,9 @@ def test_divergence_keeps_the_checkpoint(folder, capsys):
         (["train", "--weight-decay", "-1"], "weight_decay is -1"),
         (["train", "--label-smoothing", "2"], "label_smoothing is 2"),
         (["train", "--warmup", "9"], "--warmup is 9"),
+        (["train", "--mean", "0.5"], "std is None, mean is not"),
+        (["train", "--mean", "0.5", "--std", "0"], "std[0] is 0"),
+        (["train", "--mean", "0.5", "0.5", "--std", "1", "1"], "mean"),
         (["train", "--seed", "-1"], "--seed is -1"),
         (["train", "--threads", "0"], "0"),
         (["train", "--isa", "avx3"], "avx2"),

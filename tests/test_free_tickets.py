@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import reference as ref
 from sparsetrain import Trainer, data, manual_seed, nn, optim
@@ -213,19 +214,70 @@ def test_errors():
         tickets.predict([])
 
 
-def test_a_run_that_is_resumed_begins_anew(tmp_path):
-    tickets = FreeTickets()
-    run = trainer("rigl", [tickets])
+@methods
+def test_a_resumed_run_has_its_tickets_again(method, tmp_path):
+    path, x = tmp_path / "run.safetensors", images(24, seed=9)[0]
+    whole, half = FreeTickets(), FreeTickets()
+    run = trainer(method, [whole])
+    run.fit(batches(), 4)
+    run = trainer(method, [half])
     run.fit(batches(), 2)
-    run.save(tmp_path / "run.safetensors")
-    run.fit(batches_from(run), 2)
+    run.save(path)
     again = FreeTickets()
-    half = Trainer.resume(tmp_path / "run.safetensors", callbacks=[again])
-    half.fit(batches_from(half), 2)
-    assert (len(tickets.tickets), len(again.tickets)) == (4, 2)
-    x, _ = images(8)
-    tickets.tickets = tickets.tickets[2:]
-    np.testing.assert_array_equal(tickets.predict(x), again.predict(x))
+    resumed = Trainer.resume(path, callbacks=[Callback(), again])
+    np.testing.assert_array_equal(again.predict(x), half.predict(x))
+    resumed.fit(batches(), 2)
+    assert len(again.tickets) == 4
+    np.testing.assert_array_equal(again.predict(x), whole.predict(x))
+    assert Trainer.resume(path).callbacks == []
+
+
+def test_each_of_two_collections_has_its_own_tickets_again(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run = trainer(callbacks=[FreeTickets(2), FreeTickets(1)])
+    run.fit(batches(), 4)
+    run.save(path)
+    again = [FreeTickets(2), FreeTickets(1)]
+    Trainer.resume(path, callbacks=again)
+    assert [len(tickets.tickets) for tickets in again] == [2, 4]
+
+
+def damage(path, change):
+    """Write the checkpoint's tensors as change(arrays) leaves them."""
+    with safetensors.safe_open(path, framework="np") as file:
+        meta, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(arrays)
+    safetensors.numpy.save_file(arrays, path, meta)
+
+
+@pytest.mark.parametrize(
+    "key, array, words",
+    [
+        ("0/parameter/0.weight/indices", None, "sound"),
+        ("0/buffer/1.running_mean", np.zeros(3, np.float32), "1.running_mean"),
+        ("0/parameter/6.bias/data", np.zeros(4), "float64"),
+        ("0/parameter/6.bias/data", np.zeros(5, np.float32), "6.bias"),
+        ("x/parameter/6.bias/data", np.zeros(4, np.float32), "sound"),
+    ],
+)
+def test_tickets_that_do_not_fit(key, array, words, tmp_path):
+    path = tmp_path / "run.safetensors"
+    run = trainer(callbacks=[FreeTickets()])
+    run.fit(batches(), 1)
+    run.save(path)
+
+    def change(arrays):
+        name = f"callback/FreeTickets-0/{key}"
+        if array is None:
+            del arrays[name]
+        else:
+            arrays[name] = array
+
+    damage(path, change)
+    tickets = FreeTickets()
+    with pytest.raises(ValueError, match=words):
+        Trainer.resume(path, callbacks=[tickets])
+    assert tickets.tickets == []
 
 
 # ---- the learning rate that goes with it

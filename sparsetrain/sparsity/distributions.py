@@ -1,5 +1,5 @@
-"""How a wanted sparsity is shared among layers: each function takes the layers' shapes and the sparsity, and
-returns how many weights each layer keeps."""
+"""How a wanted sparsity is shared among layers: each function takes the layers' shapes, the sparsity, and how many
+weights each layer has (None: all), and returns how many it keeps."""
 
 import math
 
@@ -14,25 +14,29 @@ def _to_integers(wanted, total):
     return kept
 
 
-def uniform(shapes, sparsity):
-    """The same sparsity in every layer, to one weight."""
-    return np.array([math.prod(s) - round(sparsity * math.prod(s)) for s in shapes])
+def uniform(shapes, sparsity, stored=None):
+    """The same sparsity in every layer, to one weight; a layer that has fewer keeps those."""
+    sizes = np.array([math.prod(s) for s in shapes])
+    wanted = np.array([size - round(sparsity * int(size)) for size in sizes])
+    return np.minimum(wanted, sizes if stored is None else stored)
 
 
-def erk(shapes, sparsity):
+def erk(shapes, sparsity, stored=None):
     """Density proportional to sum(shape) / prod(shape), so that small layers keep more.
 
     Source: Evci et al., Rigging the Lottery, arXiv 1911.11134, section 3 (Erdos-Renyi-Kernel). A layer whose
-    density would pass 1 stays dense and the others share the rest.
+    density would pass 1, or that has fewer weights than its share, keeps those that it has, and the others share the
+    rest: the sum is exact unless there are not as many weights.
     """
     sizes = np.array([math.prod(s) for s in shapes], float)
     raw = np.array([sum(s) for s in shapes], float)  # density times size, up to a common factor
-    total = int(sizes.sum()) - round(sparsity * int(sizes.sum()))
+    most = sizes if stored is None else np.array(stored, float)
+    total = min(int(sizes.sum()) - round(sparsity * int(sizes.sum())), int(most.sum()))
     full = np.zeros(len(sizes), bool)
     while True:
-        factor = (total - sizes[full].sum()) / raw[~full].sum() if not full.all() else 0
-        over = ~full & (raw * factor > sizes)
+        factor = (total - most[full].sum()) / raw[~full].sum() if not full.all() else 0
+        over = ~full & (raw * factor > most)
         if not over.any():
             break
         full |= over
-    return _to_integers(np.where(full, sizes, raw * factor), total)
+    return _to_integers(np.where(full, most, raw * factor), total)

@@ -16,7 +16,7 @@ def sparsifiable(model, exclude=(), include=("*",)):
     """[(name, layer)] of the convolutions and linear layers of `model` whose names match a glob of `include` and none
     of `exclude`.
 
-    ValueError for a glob that matches none of them.
+    ValueError for a glob that matches none of them, and for two of them that share a weight.
     """
     layers = [(n, m) for n, m in model.named_modules() if len(getattr(getattr(m, "weight", None), "shape", ())) > 1]
     for argument, globs in (("exclude", exclude), ("include", include)):
@@ -30,7 +30,12 @@ def sparsifiable(model, exclude=(), include=("*",)):
     def matches(name, globs):
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
-    return [(n, m) for n, m in layers if matches(n, include) and not matches(n, exclude)]
+    chosen = [(n, m) for n, m in layers if matches(n, include) and not matches(n, exclude)]
+    owners = {}
+    for name, layer in chosen:
+        if owners.setdefault(id(layer.weight), name) != name:
+            raise ValueError(f"layers {owners[id(layer.weight)]} and {name} share a weight: exclude one of them")
+    return chosen
 
 
 def masks(named, sparsity, score, distribution):
@@ -41,7 +46,8 @@ def masks(named, sparsity, score, distribution):
         total = sum(math.prod(layer.weight.shape) for _, layer in named)
         kept = best(np.concatenate(worth), total - round(sparsity * total))
         return np.split(kept, np.cumsum([len(w) for w in worth])[:-1])
-    wanted = getattr(distributions, distribution)([layer.weight.shape for _, layer in named], sparsity)
+    weights = [layer.weight for _, layer in named]
+    wanted = getattr(distributions, distribution)([w.shape for w in weights], sparsity, [w.nnz for w in weights])
     return (best(score(m.weight).reshape(-1), k) for (_, m), k in zip(named, wanted, strict=True))
 
 
@@ -62,7 +68,8 @@ def sparsify(
     gradient), nn.cross_entropy unless given. distribution: "uniform" (the same sparsity in each layer), "erk" (small
     layers keep more) or "global" (the best scores of all layers together). include, exclude: layer names or globs
     ("0", "3.body.*"). The number of weights removed is exact to one weight. A layer that is sparse already only loses
-    weights: where it has fewer than its share it stays as it is. Optimiser slots follow. Returns the model.
+    weights: where it has fewer than its share it stays as it is, and with "erk" the others keep more. Optimiser slots
+    follow. Returns the model.
     """
     sparsity = checks.fraction("sparsity", sparsity)
     score = METHODS[checks.one_of("method", method, METHODS)]

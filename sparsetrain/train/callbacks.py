@@ -16,7 +16,9 @@ class Callback:
     """Does nothing at each point of a run; subclass it and write the methods you need.
 
     row is the epoch's row of the history; mean holds loss, accuracy and images_per_s of the epoch
-    up to this batch. Set `trainer.stop = True` to end the run after the epoch.
+    up to this batch. Set `trainer.stop = True` to end the run after the epoch. What a callback must remember when a run
+    is resumed it gives as {name: array} in state_dict(), and takes back, if it is given to Trainer.resume, in
+    load_state_dict(), before the trainer has its weights: ValueError there if it does not fit.
     """
 
     def on_fit_begin(self, trainer, epochs): ...
@@ -28,6 +30,11 @@ class Callback:
     def on_epoch_end(self, trainer, row): ...
 
     def on_fit_end(self, trainer): ...
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state, trainer): ...
 
 
 class EpochLines(Callback):

@@ -1,7 +1,8 @@
 """A run as one safetensors file: numbers and JSON, never a pickle.
 
 Tensors: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz values, so removed weights are
-not there; "slot/<name>/<slot>"; "buffer/<name>"; "backprop/<layer>/<name>" and "sparsity/<layer>/<name>", the methods'.
+not there; "slot/<name>/<slot>"; "buffer/<name>"; "backprop/<layer>/<name>" and "sparsity/<layer>/<name>", the methods';
+"callback/<class>-<number>/<name>", of callbacks that have a state.
 The rest is JSON in the metadata's "sparsetrain": how to build model, optimiser and methods again, counters, history,
 generator state, version.
 """
@@ -58,10 +59,7 @@ def save(trainer, path):
     }
     arrays = {}
     for name, parameter in trainer.model.named_parameters():
-        arrays[f"parameter/{name}/data"] = parameter.data
-        if isinstance(parameter, SparseParameter):
-            arrays[f"parameter/{name}/indptr"] = parameter.indptr
-            arrays[f"parameter/{name}/indices"] = parameter.indices
+        arrays |= parameter_arrays(name, parameter)
         for slot, array in parameter.slots.items():
             arrays[f"slot/{name}/{slot}"] = array
     for name, buffer in trainer.model.named_buffers():
@@ -70,6 +68,8 @@ def save(trainer, path):
         method = getattr(trainer, kind)
         if method is not None:
             arrays |= {f"{kind}/{key}": np.asarray(value) for key, value in method.state_dict().items()}
+    for name, callback in _named(trainer.callbacks):
+        arrays |= {f"callback/{name}/{key}": value for key, value in callback.state_dict().items()}
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with replacing(path, "wb") as file:
         file.write(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
@@ -120,10 +120,13 @@ def resume(trainer_class, path, model, optimizer, settings):
         with _sound(path):
             trainer.sparsity = weights if weights is None else weights.attach(model, begin=False)
             for kind in METHODS:
-                method, prefix = getattr(trainer, kind), f"{kind}/"
+                method = getattr(trainer, kind)
                 if method is not None and meta[kind] is not None:
-                    state = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+                    state = _below(f"{kind}/", arrays)
                     method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
+            for name, callback in _named(trainer.callbacks):
+                if state := _below(f"callback/{name}/", arrays):
+                    callback.load_state_dict(state, trainer)
     except BaseException:
         for method in (weights, trainer.backprop):
             if method is not None:
@@ -189,14 +192,25 @@ def read_state(path):
     with _sound(path):
         state = {}
         for name, shape in meta["shapes"].items():
-            parameter = _parameter(path, arrays, name, tuple(shape))
+            parameter = read_parameter(path, arrays, name, tuple(shape))
             if math.prod(parameter.shape) > max(MOST_DENSE, 10_000 * parameter.nnz):
                 raise ValueError(
                     f"{path}: {name} has shape {parameter.shape}, too large for its {parameter.nnz} weights"
                 )
             state[name] = parameter.to_dense()
-        prefix = "buffer/"
-        return state | {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+        return state | _below("buffer/", arrays)
+
+
+def _below(prefix, arrays):
+    """The arrays whose names begin so, by the rest of their names."""
+    return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+
+
+def _named(callbacks):
+    """(class and number among those of its class, callback) of each."""
+    for i, callback in enumerate(callbacks):
+        kind = type(callback)
+        yield f"{kind.__name__}-{sum(type(other) is kind for other in callbacks[:i])}", callback
 
 
 def describe(module):
@@ -255,22 +269,30 @@ def _parameters(path, meta, arrays, model):
     for name, shape in meta["shapes"].items():
         if tuple(shape) != tuple(present[name].shape):
             raise ValueError(f"{path}: {name} has shape {tuple(shape)}, the model's has {present[name].shape}")
-        parameters[name] = _parameter(path, arrays, name, tuple(shape))
+        parameters[name] = read_parameter(path, arrays, name, tuple(shape))
         data = parameters[name].data
         if data.dtype != present[name].data.dtype:
             raise ValueError(f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}")
-        prefix = f"slot/{name}/"
-        for key, slot in arrays.items():
-            if key.startswith(prefix):
-                if (slot.shape, slot.dtype) != (data.shape, data.dtype):
-                    raise ValueError(
-                        f"{path}: {key} is {slot.dtype} {slot.shape}, must be {data.dtype} {data.shape} as its weights"
-                    )
-                parameters[name].slots[key[len(prefix) :]] = slot
+        for key, slot in _below(f"slot/{name}/", arrays).items():
+            if (slot.shape, slot.dtype) != (data.shape, data.dtype):
+                raise ValueError(
+                    f"{path}: slot/{name}/{key} is {slot.dtype} {slot.shape}, must be {data.dtype} {data.shape} as its "
+                    "weights"
+                )
+            parameters[name].slots[key] = slot
     return parameters
 
 
-def _parameter(path, arrays, name, shape):
+def parameter_arrays(name, parameter):
+    """{name of the tensor: array} of a parameter, without its slots."""
+    arrays = {f"parameter/{name}/data": parameter.data}
+    if isinstance(parameter, SparseParameter):
+        arrays |= {f"parameter/{name}/indptr": parameter.indptr, f"parameter/{name}/indices": parameter.indices}
+    return arrays
+
+
+def read_parameter(path, arrays, name, shape):
+    """The parameter of these arrays; ValueError, which names the path, if it has another shape or is none."""
     data = arrays[f"parameter/{name}/data"]
     if f"parameter/{name}/indptr" in arrays:
         return SparseParameter(shape, *(arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices")), data)
@@ -280,8 +302,7 @@ def _parameter(path, arrays, name, shape):
 
 
 def _buffers(path, arrays, model):
-    prefix = "buffer/"
-    saved = {key[len(prefix) :]: a for key, a in arrays.items() if key.startswith(prefix)}
+    saved = _below("buffer/", arrays)
     present = dict(model.named_buffers())
     _same_names(path, "buffer", saved, present)
     for name, array in saved.items():

@@ -3,6 +3,7 @@
 import numpy as np
 
 from sparsetrain import checks
+from sparsetrain.train import checkpoint
 from sparsetrain.train.callbacks import Callback
 
 
@@ -12,7 +13,8 @@ class FreeTickets(Callback):
 
     With a method of sparsity such as SET or RigL that changes weights between them, and a learning rate that ends low
     before each (optim.restarts), the tickets differ: an ensemble for the price of one run. Each ticket takes as much
-    memory as the sparse model. A run that is resumed begins to collect anew.
+    memory as the sparse model, and as much room in a checkpoint: Trainer.resume(path, callbacks=[FreeTickets(...)]) has
+    them again.
 
     Source: Liu et al., Deep Ensembling with No Overhead for either Training or Testing: The All-Round Blessings of
     Dynamic Sparsity, ICLR 2022, arXiv 2106.14568; its EDST replaces a large share of the weights between tickets,
@@ -59,6 +61,35 @@ class FreeTickets(Callback):
         batches = list(batches)
         labels = np.concatenate([y for _, y in batches])
         return float((self.predict(batches).argmax(1) == labels).mean())
+
+    def state_dict(self):
+        state = {}
+        for i, (parameters, buffers) in enumerate(self.tickets):
+            model = self._trainer.model
+            for (name, _), parameter in zip(model.named_parameters(), parameters, strict=True):
+                arrays = checkpoint.parameter_arrays(name, parameter)
+                state |= {f"{i}/{key}": array for key, array in arrays.items()}
+            for (name, _), buffer in zip(model.named_buffers(), buffers, strict=True):
+                state[f"{i}/buffer/{name}"] = buffer
+        return state
+
+    def load_state_dict(self, state, trainer):
+        tickets, wanted = [], [(name, b.shape) for name, b in trainer.model.named_buffers()]
+        for i in range(len({key.partition("/")[0] for key in state})):
+            arrays = {key.removeprefix(f"{i}/"): array for key, array in state.items() if key.startswith(f"{i}/")}
+            parameters = [
+                checkpoint.read_parameter(f"ticket {i}", arrays, name, p.shape)
+                for name, p in trainer.model.named_parameters()
+            ]
+            for (name, p), parameter in zip(trainer.model.named_parameters(), parameters, strict=True):
+                if parameter.data.dtype != p.data.dtype:
+                    raise ValueError(f"ticket {i}: {name} is {parameter.data.dtype}, the model's is {p.data.dtype}")
+            buffers = [arrays[f"buffer/{name}"] for name, _ in wanted]
+            for (name, shape), buffer in zip(wanted, buffers, strict=True):
+                if buffer.shape != shape:
+                    raise ValueError(f"ticket {i}: {name} has shape {buffer.shape}, the model's has {shape}")
+            tickets.append((parameters, buffers))
+        self.tickets, self._trainer = tickets, trainer
 
     def _present(self):
         model = self._trainer.model

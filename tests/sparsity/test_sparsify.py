@@ -108,6 +108,20 @@ def test_total_of_any_net(sparsity, distribution, method, features):
     assert abs(kept - (1 - sparsity) * size) <= slack
 
 
+@quick
+@given(
+    shares=hs.lists(hs.floats(0, 0.99), min_size=2, max_size=8),
+    features=hs.lists(hs.integers(1, 30), min_size=2, max_size=6),
+)
+def test_total_of_a_net_that_loses_weights_by_erk_again_and_again(shares, features):
+    """A layer's rounded share may rise from one sparsity to the next; what is removed does not come back."""
+    model = nn.Sequential(*(nn.Linear(*f) for f in zip(features, features[1:], strict=False)))
+    for sparsity in sorted(shares):
+        st.sparsify(model, sparsity, distribution="erk")
+        kept, size = total(model, weights(model))
+        assert abs(kept - (1 - sparsity) * size) <= 1
+
+
 def test_erk_densities(net):
     """Density in proportion to the sum of a weight's sides over their product, but at most 1.
 
@@ -285,3 +299,15 @@ def test_exclude_is_a_collection_not_a_string(net):
 def test_nothing_to_make_sparse():
     with pytest.raises(ValueError, match="no convolution or linear layer"):
         st.sparsify(nn.Sequential(nn.ReLU(), nn.Flatten()), 0.5)
+
+
+def test_layers_that_share_a_weight():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model.set_parameter("2.weight", model[0].weight)
+    with pytest.raises(ValueError, match="layers 0 and 2 share a weight: exclude one of them"):
+        st.sparsify(model, 0.5)
+    with pytest.raises(ValueError, match="layers 0 and 2 share a weight"):
+        st.sparsity.RigL(0.5, stop=4).attach(model)
+    st.sparsify(model, 0.5, exclude=["2"])
+    assert model[2].weight is model[0].weight
+    assert model[0].weight.nnz == 32
