@@ -124,10 +124,10 @@ def _arguments(selection, dy):
     return found
 
 
-def standard_deviation(dy):
-    """That of all values of a Blocked, as a float."""
+def standard_deviation(dy, bias=None):
+    """That of all values of a Blocked, as a float. Adds the gradient of a bias, in the same pass."""
     start = time.perf_counter()
-    deviation = core.standard_deviation(dy.array, dy.n)
+    deviation = core.standard_deviation(dy.array, dy.n, *(() if bias is None else bias.gradient()))
     tell("standard deviation", start, [dy], [])
     return deviation
 

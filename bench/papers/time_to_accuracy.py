@@ -154,14 +154,14 @@ def ratio(theirs, ours):
 def plot(axes, found):
     """A figure a model: accuracy over training time."""
     for ax, (model, configurations) in zip(axes[0], found.items(), strict=True):
-        for i, (label, records) in enumerate(configurations.items()):
+        for label, records in configurations.items():
             whole = [r for r in records if r["accuracy"] is not None]
             if not whole:
                 continue
-            style = {"torch": {"color": "0.0"}, "exact": {"color": "0.5"}}.get(label, {"color": f"C{i - 2}"})
+            color = {"torch": "0.0", "exact": "0.5"}.get(label, f"C{list(CONFIGURATIONS).index(label)}")
             time_s = np.mean([r["time_s"] for r in whole], axis=0)
             correct = 100 * np.mean([r["val_accuracy"] for r in whole], axis=0)
-            ax.plot(time_s, correct, marker=".", label=NAMES.get(label, label), **style)
+            ax.plot(time_s, correct, marker=".", color=color, label=NAMES.get(label, label))
         last = [100 * r["accuracy"] for records in configurations.values() for r in records if r["accuracy"]]
         ax.set_ylim(bottom=min(last) - 8)
         ax.set_title(model, fontsize=10)

@@ -109,7 +109,7 @@ static void round_weights(long begin, long end, const int32_t *indptr, const int
     }
 }
 
-static void int8_weight_gradient(const Slabs *slabs, View<int32_t> x, int zero, const PackedEntry *entries, const int32_t *starts,
+static void int8_weight_gradient(const Slabs *slabs, View<int32_t> x, int zero, const PackedEntry *entries, const int64_t *starts,
                                  long task, long parts, int32_t *dw, long row, int32_t *slab) {
     weight_gradient_of<int32_t>(slabs, x, zero, entries, starts, task, parts, dw, row, 0, slab);
 }

@@ -124,16 +124,16 @@ def int8_compress(SlabPlan plan, float[:, :, :, :, :] dy, double step, long limi
         long n = plan.planes, c
         int threads = team(n, 2. * n * plan.s.capacity)
         long chunks = chunks_of(n, threads)
-        long each = 16 * (plan.s.capacity // plan.s.span // 16 + 16)
-        Buffer scratch = borrow("scratch", each * threads * sizeof(PackedEntry))
-        PackedEntry *s = <PackedEntry *>scratch.data
+        long each = plan.s.capacity // plan.s.span + 16
+        Buffer scratch = borrow("scratch", each * threads * sizeof(Entry[float]))
+        Entry[float] *s = <Entry[float] *>scratch.data
         PackedEntry *e
-        int32_t *starts
+        int64_t *starts
         int64_t[::1] clipped = np.empty(n, np.int64)
         int64_t *clips = &clipped[0]
     how.unit = 1
     out.make(plan, np.int8, sizeof(PackedEntry))
-    e, starts = <PackedEntry *>out.entries.data, <int32_t *>out.starts.data
+    e, starts = <PackedEntry *>out.entries.data, <int64_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.int8_compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips, s + each * threadid())
     give_back("scratch", scratch)
@@ -147,7 +147,7 @@ def int8_input_gradient(Entries entries, const int8_t[::1] weights, double scale
         SlabPlan p = entries.plan
         View[float] d = view(dx)  # OUT
         const PackedEntry *e = <const PackedEntry *>entries.entries.data
-        const int32_t *starts = <const int32_t *>entries.starts.data
+        const int64_t *starts = <const int64_t *>entries.starts.data
         long n = p.spans * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads)
@@ -172,7 +172,7 @@ def int8_weight_gradient(Entries entries, int32_t[:, :, :, :, :] quads, int zero
         SlabPlan p = entries.plan
         View[int32_t] xv = view(quads)
         const PackedEntry *e = <const PackedEntry *>entries.entries.data
-        const int32_t *starts = <const int32_t *>entries.starts.data
+        const int64_t *starts = <const int64_t *>entries.starts.data
         long parts = p.parts, n = parts * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads), values = p.weights()

@@ -154,19 +154,19 @@ template <class T> struct Kernels {
     void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);
 
-    // Sparse output gradients: lists of entries of the planes (span x output channel) [begin, end), `lists` + 1 starts each.
-    // scratch holds 16 x 16 entries more than an image block has values.
-    void (*compress)(const Slabs *, const Sparsifier<T> *, View<T> dy, long begin, long end, Entry<T> *entries, int32_t *starts,
+    // Sparse output gradients: lists of entries of the planes (span x output channel) [begin, end), `lists` + 1 starts each,
+    // counted from `entries`. The planes of one call lie side by side.
+    // scratch holds 16 entries more than an image block has values.
+    void (*compress)(const Slabs *, const Sparsifier<T> *, View<T> dy, long begin, long end, Entry<T> *entries, int64_t *starts,
                      int64_t *clipped, Entry<T> *scratch);
     void (*sparsify)(const Slabs *, const Sparsifier<T> *, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
                      int64_t *clipped);
-    void (*deviations)(Shape, View<T> x, T origin, double *sums, long begin, long end);
     void (*sum_images)(Shape, View<T> x, T *sums, long begin, long end);
     void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);
     void (*square_norms)(Shape, View<T> x, T *norms, long begin, long end);
-    void (*slab_weight_gradient)(const Slabs *, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
+    void (*slab_weight_gradient)(const Slabs *, View<T> x, const Entry<T> *entries, const int64_t *starts, long task, long parts,
                                  T *dw, long row, bool same_positions, T *slab);
-    void (*slab_input_gradient)(const Slabs *, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task,
+    void (*slab_input_gradient)(const Slabs *, View<T> dx, const Entry<T> *entries, const int64_t *starts, long task,
                                 const T *weights, long row, const T *base, bool accumulate, T *slab);
     void (*pack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed);
     void (*unpack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
@@ -183,6 +183,8 @@ template <class T> struct Kernels {
     void (*batch_norm_backward)(const BatchNorm<T> *, long begin, long end);
     // db[c] (+)= sum of dy over the channel
     void (*bias_grad)(Shape, View<T> dy, T *db, bool accumulate, long begin, long end);
+    // bias_grad() unless db is null, and for each channel the sums of dy - origin and of its square
+    void (*deviations)(Shape, View<T> dy, T origin, double *sums, T *db, bool accumulate, long begin, long end);
 
     void (*relu)(Shape, View<T> x, View<T> y, long begin, long end);
     void (*relu_backward)(Shape, View<T> y, View<T> dy, View<T> dx, long begin, long end);
@@ -235,10 +237,10 @@ struct Int8Kernels {
     void (*spmm)(const Product<int32_t> *, long task, int32_t *scratch);
     // As those of Kernels, in whole numbers until the end
     void (*compress)(const Slabs *, const Sparsifier<float> *, View<float> dy, long begin, long end, PackedEntry *entries,
-                     int32_t *starts, int64_t *clipped, PackedEntry *scratch);
-    void (*weight_gradient)(const Slabs *, View<int32_t> x, int zero, const PackedEntry *entries, const int32_t *starts,
+                     int64_t *starts, int64_t *clipped, Entry<float> *scratch);
+    void (*weight_gradient)(const Slabs *, View<int32_t> x, int zero, const PackedEntry *entries, const int64_t *starts,
                             long task, long parts, int32_t *dw, long row, int32_t *slab);
-    void (*input_gradient)(const Slabs *, View<float> dx, float scale, const PackedEntry *entries, const int32_t *starts,
+    void (*input_gradient)(const Slabs *, View<float> dx, float scale, const PackedEntry *entries, const int64_t *starts,
                            long task, const int32_t *weights, long row, const float *base, bool accumulate, int32_t *slab);
     void (*pack_weights)(long begin, long end, long rows, long channels, long taps, long width, const int8_t *levels,
                          int32_t *packed);

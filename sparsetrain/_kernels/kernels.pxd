@@ -123,14 +123,13 @@ cdef extern from "dispatch.hh" nogil:
     void spread_values[T](long, long, const int32_t *, const T *, T *)
     void collect_values[T](long, long, const int32_t *, const T *, T *, bint)
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
-    void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int32_t *, int64_t *, Entry[T] *)
+    void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int64_t *, int64_t *, Entry[T] *)
     void sparsify[T](const Slabs *, const Sparsifier[T] *, View[T], View[T], long, long, int64_t *, int64_t *)
-    void deviations[T](Shape, View[T], T, double *, long, long)
     void sum_images[T](Shape, View[T], T *, long, long)
     void remember[T](Shape, View[T], View[T], long, T, const T *, T *, long, long)
     void square_norms[T](Shape, View[T], T *, long, long)
-    void slab_weight_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, long, T *, long, bint, T *)
-    void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int32_t *, long, const T *, long, const T *,
+    void slab_weight_gradient[T](const Slabs *, View[T], const Entry[T] *, const int64_t *, long, long, T *, long, bint, T *)
+    void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int64_t *, long, const T *, long, const T *,
                                 bint, T *)
     void pack_slab_weights[T](long, long, long, long, long, long, const T *, T *)
     void unpack_slab_weights[T](long, long, long, long, long, long, long, long, const T *, T *, bint)
@@ -140,6 +139,7 @@ cdef extern from "dispatch.hh" nogil:
     void batch_norm[T](const BatchNorm[T] *, long, long)
     void batch_norm_backward[T](const BatchNorm[T] *, long, long)
     void bias_grad[T](Shape, View[T], T *, bint, long, long)
+    void deviations[T](Shape, View[T], T, double *, T *, bint, long, long)
     void relu[T](Shape, View[T], View[T], long, long)
     void relu_backward[T](Shape, View[T], View[T], View[T], long, long)
     void add[T](Shape, View[T], View[T], View[T], long, long)
@@ -163,11 +163,11 @@ cdef extern from "dispatch.hh" nogil:
     void int8_from_quads(Shape, View[int32_t], View[float], float, int, long, long)
     void int8_round_weights(long, long, const int32_t *, const int32_t *, const float *, float, int8_t *, int8_t *, int32_t *)
     void int8_spmm(const Product[int32_t] *, long, int32_t *)
-    void int8_compress(const Slabs *, const Sparsifier[float] *, View[float], long, long, PackedEntry *, int32_t *, int64_t *,
-                       PackedEntry *)
-    void int8_weight_gradient(const Slabs *, View[int32_t], int, const PackedEntry *, const int32_t *, long, long, int32_t *, long,
+    void int8_compress(const Slabs *, const Sparsifier[float] *, View[float], long, long, PackedEntry *, int64_t *, int64_t *,
+                       Entry[float] *)
+    void int8_weight_gradient(const Slabs *, View[int32_t], int, const PackedEntry *, const int64_t *, long, long, int32_t *, long,
                               int32_t *)
-    void int8_input_gradient(const Slabs *, View[float], float, const PackedEntry *, const int32_t *, long, const int32_t *, long,
+    void int8_input_gradient(const Slabs *, View[float], float, const PackedEntry *, const int64_t *, long, const int32_t *, long,
                              const float *, bint, int32_t *)
     void int8_pack_weights(long, long, long, long, long, long, const int8_t *, int32_t *)
     void int8_unpack_weights(long, long, long, long, long, long, long, long, const int32_t *, float, float *, bint)

@@ -28,10 +28,19 @@ constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The largest whole number that is not above v; v itself where it is so large that it is whole.
 template <class T> INLINE Values<T> round_down(Values<T> v) {
+#if defined(__AVX__)
+    constexpr int L = Vec<T>::lanes;
+    V<T> part[IMAGES / L];
+    __builtin_memcpy(part, &v, sizeof v);
+    UNROLL for (int i = 0; i < IMAGES / L; i++) part[i] = floor(part[i]);
+    __builtin_memcpy(&v, part, sizeof v);
+    return v;
+#else
     const Values<T> magnitude = v < 0 ? -v : v, none = {};
     const auto small = magnitude < T(1 << 23);
     const Values<T> cut = __builtin_convertvector(__builtin_convertvector(small ? v : none, Ints), Values<T>);
     return small ? (cut > v ? cut - 1 : cut) : v;
+#endif
 }
 
 // 1 for each image of a block, 0 for a padding lane.
@@ -53,8 +62,10 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
         const Hashes key = mix(mix((Hashes)LANES + (uint32_t)(block * IMAGES) + lo) ^ hi);
         for (long r = begin; r < end; r++) {
             const T *g = pixel_row(dy, block, channel, r);
+            alignas(64) uint32_t places[IMAGES];  // the hashes of as many pixels' places
             for (long c = 0; c < width; c++) {
-                const Hashes hash = mix(key ^ mix((uint32_t)(first + r * width + c))) >> 8;
+                if (c % IMAGES == 0) *(Hashes *)places = mix((Hashes)LANES + (uint32_t)(first + r * width + c));
+                const Hashes hash = mix(key ^ places[c % IMAGES]) >> 8;
                 const Values<T> unit = __builtin_convertvector((Ints)hash, Values<T>) * T(0x1p-24);
                 Values<T> q = round_down<T>(*(const Values<T> *)(g + c * IMAGES) * inverse + unit);
                 if (limit) {
@@ -101,8 +112,10 @@ template <class T> using EntryOf = typename Entries<T>::type;  // of products in
 
 template <class T> INLINE long position_of(const Entry<T> &e) { return e.position; }
 INLINE long position_of(const PackedEntry &e) { return e.bits >> 8; }
-template <class T> INLINE Entry<T> moved(Entry<T> e, int32_t by) { return e.position += by, e; }
-INLINE PackedEntry moved(PackedEntry e, int32_t by) { return e.bits += by * 256, e; }
+template <class E, class T> INLINE E entry(int32_t position, T value) {
+    if constexpr (sizeof(E) == sizeof(PackedEntry)) return {position << 8 | ((int32_t)value & 255)};
+    else return {position, value};
+}
 // The value in all lanes; the upper 16 bits of a whole number are 0, as add_products_of_two() wants one of its factors.
 template <class T> INLINE V<T> splat_value(const Entry<T> &e) { return splat(e.value); }
 INLINE V<int32_t> splat_value(const PackedEntry &e) { return splat((int32_t)(uint16_t)(int8_t)e.bits); }
@@ -158,76 +171,68 @@ INLINE long append(PackedEntry *out, const Values<float> &value, const Ints &pos
 
 INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
 
-// Pixels of 16 images come one by one and go, 16 at a time, to a list for each image.
-template <class T, class E> struct ImageLists {
-    E *first, *end[IMAGES];
-    long room, pixels = 0;
-    T values[IMAGES][IMAGES];
-    Ints positions;
+// Entries of 16 images, of which any may come next, to be sorted by image. `position` is 16 times theirs, plus the image.
+template <class T> struct Unsorted {
+    Entry<T> *entries;
+    long n = 0;
+    Ints counts = {};
 
-    INLINE_MEMBER ImageLists(E *scratch, long room_) : first(scratch), room(room_) {
-        for (long i = 0; i < IMAGES; i++) end[i] = first + i * room;
-    }
     INLINE_MEMBER void add(const Values<T> &v, int32_t position) {
-        *(Values<T> *)values[pixels] = v, positions[pixels] = position;
-        if (++pixels == IMAGES) flush();
+        n += append(entries + n, v, LANES + position * (int32_t)IMAGES);
+        counts -= __builtin_convertvector(bits_of<T>(v) != 0, Ints);  // true is -1
     }
-    INLINE_MEMBER void flush() {
-        constexpr int L = Vec<T>::lanes;
-        for (; pixels < IMAGES; pixels++) *(Values<T> *)values[pixels] = Values<T>{};
-        pixels = 0;
-        for (long lane = 0; lane < IMAGES; lane += L) {
-            T image[L][IMAGES];
-            for (long p = 0; p < IMAGES; p += L) {
-                V<T> v[L];
-                UNROLL for (int i = 0; i < L; i++) v[i] = load(&values[p + i][lane]);
-                transpose<T>(v);
-                UNROLL for (int i = 0; i < L; i++) store(&image[i][p], v[i]);
-            }
-            for (long i = 0; i < L; i++) end[lane + i] += append(end[lane + i], *(const Values<T> *)image[i], positions);
+    // To out, image after image; begins[i] is where those of image i begin. `image` is the images' distance in the slab.
+    template <class E> INLINE_MEMBER void sort(E *out, int32_t image, int32_t *begins) const {
+        int32_t at[IMAGES];
+        for (long i = 0, total = 0; i < IMAGES; total += counts[i++]) begins[i] = at[i] = (int32_t)total;
+        for (const Entry<T> *e = entries; e < entries + n; e++) {
+            const uint32_t i = (uint32_t)e->position % IMAGES;
+            out[at[i]++] = entry<E>((int32_t)((uint32_t)e->position / IMAGES + i * image), e->value);
         }
     }
 };
 
 // The lists of some planes (span x output channel). starts[plane][list] counts from the plane's own entries.
 template <class T, class E>
-void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, E *entries, int32_t *starts,
-              int64_t *clipped, E *scratch) {
+void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, E *entries, int64_t *starts,
+              int64_t *clipped, Entry<T> *scratch) {
     FlushToZero flush;
     const Slabs s = *slabs;  // a copy: what is written cannot change it
-    const long lists = s.bands * (s.span * IMAGES / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, room = s.capacity / s.span / IMAGES + IMAGES;
+    const long lists = s.bands * (s.span * IMAGES / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width;
     const Ints lanes = LANES * (int32_t)s.image;
+    // Side by side, although their number is not known: 8 % of the room for all values would be new lines every time.
+    long n = begin * (s.capacity + IMAGES);
     for (long plane = begin; plane < end; plane++) {
         const long first = plane / s.out_channels * s.span, channel = plane % s.out_channels;
         const long blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
-        E *out = entries + plane * (s.capacity + IMAGES);
-        int32_t *start = starts + plane * (lists + 1);
-        long n = 0, list = 0;
+        int64_t *start = starts + plane * (lists + 1);
+        long list = 0;
         clipped[plane] = 0;
         for (long band = 0; band < s.bands; band++) {
             const long top = band_begin(s, band), bottom = band_begin(s, band + 1);
             for (long b = 0; b < s.span; b++) {
-                if (b * IMAGES % s.group == 0) start[list++] = (int32_t)n;
+                if (b * IMAGES % s.group == 0) start[list++] = n;
                 if (b >= blocks) continue;
                 const long image = b * IMAGES * s.image - top * row_step;
                 const auto position = [=](long r, long c) { return (int32_t)(image + r * row_step + c * step); };
                 if (s.group >= IMAGES) {
                     clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
-                        n += append(out + n, v, lanes + position(r, c));
+                        n += append(entries + n, v, lanes + position(r, c));
                     });
                     continue;
                 }
-                ImageLists<T, E> images(scratch, room);
-                clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom,
-                                              [&](long r, long c, const Values<T> &v) { images.add(v, position(r, c)); });
-                images.flush();
-                for (long i = 0; i < IMAGES; i++) {
-                    if (i && i % s.group == 0) start[list++] = (int32_t)n;
-                    for (const E *e = scratch + i * room; e < images.end[i]; e++) out[n++] = moved(*e, lanes[i]);
-                }
+                Unsorted<T> found = {scratch};
+                int32_t begins[IMAGES];
+                clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
+                    __builtin_prefetch(entries + n + found.n, 1);  // sort() writes there: 0 to 30 % of all
+                    found.add(v, position(r, c));
+                });
+                found.sort(entries + n, (int32_t)s.image, begins);
+                for (long i = s.group; i < IMAGES; i += s.group) start[list++] = n + begins[i];
+                n += found.n;
             }
         }
-        start[list] = (int32_t)n;
+        start[list] = n;
     }
 }
 
@@ -249,28 +254,6 @@ void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> 
         counts[plane] = 0;
         for (long i = 0; i < IMAGES; i++) counts[plane] += (int64_t)n[i];
     }
-}
-
-// sums of x - origin and of its square over the images of the planes [begin, end) (block x channel)
-template <class T> void deviations(Shape s, View<T> x, T origin, double *sums, long begin, long end) {
-    FlushToZero flush;
-    Values<double> total = {}, squares = {};
-    for (long plane = begin; plane < end; plane++) {
-        const long b = plane / s.channels;
-        const Values<T> real = real_images<T>(b, s.images);
-        for (long h = 0; h < s.height; h++) {
-            const T *row = pixel_row(x, b, plane % s.channels, h);
-            Values<T> one = {}, two = {};
-            for (long w = 0; w < s.width; w++) {
-                const Values<T> d = (*(const Values<T> *)(row + w * IMAGES) - origin) * real;
-                one += d, two += d * d;
-            }
-            total += __builtin_convertvector(one, Values<double>);
-            squares += __builtin_convertvector(two, Values<double>);
-        }
-    }
-    sums[0] = sums[1] = 0;
-    for (long i = 0; i < IMAGES; i++) sums[0] += total[i], sums[1] += squares[i];
 }
 
 // sums (channels, height, width) of x over the images, for channels [begin, end)
@@ -471,19 +454,21 @@ template <int R, int C, int N, class T> struct Taps {
     }
 };
 
-// dw += value * x[position] for a row of C taps and CHANNELS output channels whose lists have the same positions and lie
-// `list` entries apart: a load of x serves all of them. dw of the next channel is `size` further.
+// dw += value * x[position] for a row of C taps and CHANNELS output channels whose lists, at start[i * step] of `entries`,
+// have the same positions: a load of x serves all of them. dw of the next channel is `size` further.
 enum { CHANNELS = 4 };
 template <int C, int N, class T>
-void add_rows_to_weights(long n, const Entry<T> *e, long list, const T *slab, T *dw, long size, bool fresh) {
+void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, long step, const T *slab, T *dw, long size, bool fresh) {
     constexpr int L = Vec<T>::lanes;
+    const Entry<T> *e[CHANNELS];
+    UNROLL for (int o = 0; o < CHANNELS; o++) e[o] = entries + start[o * step];
     V<T> acc[CHANNELS][C * N];
     UNROLL for (int o = 0; o < CHANNELS; o++)
         UNROLL for (int v = 0; v < C * N; v++) acc[o][v] = fresh ? V<T>{} : load(dw + o * size + v * L);
-    for (long k = 0; k < n; k++, e++) {
-        const T *x = slab + e->position;
+    for (long k = 0; k < n; k++) {
+        const T *x = slab + e[0][k].position;
         V<T> g[CHANNELS];
-        UNROLL for (int o = 0; o < CHANNELS; o++) g[o] = splat(e[o * list].value);
+        UNROLL for (int o = 0; o < CHANNELS; o++) g[o] = splat(e[o][k].value);
         UNROLL for (int v = 0; v < C * N; v++) {
             const V<T> here = load(x + v * L);
             UNROLL for (int o = 0; o < CHANNELS; o++) acc[o][v] += g[o] * here;
@@ -499,7 +484,7 @@ constexpr bool has_taps(int r, int c, int n) { return r * c * n <= (REGISTERS ==
 
 template <class T> struct TapTiles {
     typedef void (*Tile)(long, const EntryOf<T> *, T *, long, T *, long, bool);
-    typedef void (*Rows)(long, const Entry<T> *, long, const T *, T *, long, bool);
+    typedef void (*Rows)(long, const Entry<T> *, const int64_t *, long, const T *, T *, long, bool);
     Tile weights[MAX_TAPS][MAX_TAPS][4] = {}, input[MAX_TAPS][MAX_TAPS][4] = {};
     Rows rows[MAX_TAPS][4] = {};
     template <int R, int C, int LOG> constexpr void fill() {
@@ -536,7 +521,8 @@ INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[M
 // The same for CHANNELS channels whose lists have the same positions: a row of taps at a time, as many columns, or else
 // vectors of one, as the registers hold.
 template <class T>
-INLINE void all_rows(const Slabs &s, long n, const Entry<T> *e, const T *slab, T *w, long size, bool fresh) {
+INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int64_t *start, const T *slab, T *w, long size, bool fresh) {
+    const long step = s.bands * (s.span * IMAGES / s.group) + 1;
     constexpr int L = Vec<T>::lanes;
     int columns = s.dilation[1] > 1 ? 1 : s.kernel[1] < MAX_TAPS ? (int)s.kernel[1] : MAX_TAPS, log = __builtin_ctz((int)(s.width / L));
     while (columns > 1 && !has_taps(CHANNELS, columns, 1 << log)) columns--;
@@ -545,7 +531,7 @@ INLINE void all_rows(const Slabs &s, long n, const Entry<T> *e, const T *slab, T
         for (long l = 0; l < s.kernel[1]; l += columns)
             for (long v = 0; v < s.width; v += columns == 1 ? L << log : s.width) {
                 const long c = s.kernel[1] - l < columns ? s.kernel[1] - l : columns;
-                tap_tiles<T>.rows[c - 1][log](n, e, s.capacity + IMAGES,
+                tap_tiles<T>.rows[c - 1][log](n, entries, start, step,
                                               slab + k * s.dilation[0] * s.row + l * s.dilation[1] * s.width + v,
                                               w + (k * s.kernel[1] + l) * s.width + v, size, fresh);
             }
@@ -553,17 +539,16 @@ INLINE void all_rows(const Slabs &s, long n, const Entry<T> *e, const T *slab, T
 
 // Calls f(output channel, n, its entries) for each list of some images of a band. The next lists are fetched meanwhile.
 template <class E, class F>
-INLINE void for_lists(const Slabs &s, const E *entries, const int32_t *starts, long span, long list, F f) {
+INLINE void for_lists(const Slabs &s, const E *entries, const int64_t *starts, long span, long list, F f) {
     const long lists = s.bands * (s.span * IMAGES / s.group);
     for (long o = 0; o < s.out_channels; o++) {
         const long plane = span * s.out_channels + o;
-        const int32_t *start = starts + plane * (lists + 1) + list;
-        const E *e = entries + plane * (s.capacity + IMAGES);
+        const int64_t *start = starts + plane * (lists + 1) + list;
         if (o + 2 < s.out_channels) {
-            const char *next = (const char *)(e + 2 * (s.capacity + IMAGES) + start[2 * (lists + 1)]);
+            const char *next = (const char *)(entries + start[2 * (lists + 1)]);
             __builtin_prefetch(next), __builtin_prefetch(next + 64);
         }
-        f(o, start[1] - start[0], e + start[0]);
+        f(o, start[1] - start[0], entries + start[0], start);
     }
 }
 
@@ -571,7 +556,7 @@ INLINE void for_lists(const Slabs &s, const E *entries, const int32_t *starts, l
 // multiple of CHANNELS, have the same positions. dw (channel groups, out_channels, taps,
 // width), or, with row, (out_channels, row): one tap, whose channel groups lie side by side.
 template <class T>
-INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const EntryOf<T> *entries, const int32_t *starts, long task,
+INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const EntryOf<T> *entries, const int64_t *starts, long task,
                                long parts, T *dw, long row, long together, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
@@ -585,10 +570,10 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
         for (long band = 0; band < s.bands; band++) {
             read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
             for (long g = 0; g < s.span * IMAGES / s.group; g++, fresh = false)
-                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e) {
+                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e, const int64_t *start) {
                     if constexpr (!whole_numbers<T>)
                         if (o < together) {
-                            if (o % CHANNELS == 0 && (n || fresh)) all_rows(s, n, e, slab, dw + o * size, size, fresh);
+                            if (o % CHANNELS == 0 && (n || fresh)) all_rows(s, n, entries, start, slab, dw + o * size, size, fresh);
                             return;
                         }
                     if (n || fresh) all_taps(s, tap_tiles<T>.weights, n, e, slab, dw + o * size, fresh);
@@ -598,7 +583,7 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
 }
 
 template <class T>
-void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries, const int32_t *starts, long task, long parts,
+void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries, const int64_t *starts, long task, long parts,
                           T *dw, long row, bool same_positions, T *slab) {
     const long together = same_positions ? slabs->out_channels / CHANNELS * CHANNELS : 0;
     weight_gradient_of<T>(slabs, x, 0, entries, starts, task, parts, dw, row, together, slab);
@@ -606,7 +591,7 @@ void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries
 
 // One task: `width` channels of the blocks of one span. weights as dw above.
 template <class T>
-INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scale, const EntryOf<T> *entries, const int32_t *starts,
+INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scale, const EntryOf<T> *entries, const int64_t *starts,
                               long task, const T *weights, long row, const Result<T> *base, bool accumulate, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
@@ -622,7 +607,7 @@ INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scal
                 __builtin_memset(slab + i * s.image + shared * s.row, 0, (s.image - shared * s.row) * sizeof(T));
         }
         for (long g = 0; g < s.span * IMAGES / s.group; g++)
-            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e) {
+            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e, const int64_t *) {
                 if (n) all_taps(s, tap_tiles<T>.input, n, e, slab, (T *)weights + o * size, false);
             });
         write_slab(s, dx, scale, first, blocks, group * s.width, band, slab, base, accumulate);
@@ -630,7 +615,7 @@ INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scal
 }
 
 template <class T>
-void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries, const int32_t *starts, long task, const T *weights,
+void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries, const int64_t *starts, long task, const T *weights,
                          long row, const T *base, bool accumulate, T *slab) {
     input_gradient_of<T>(slabs, dx, 1, entries, starts, task, weights, row, base, accumulate, slab);
 }

@@ -87,15 +87,15 @@ cdef class Entries:
         """Memory for entries of so many bytes each."""
         self.plan, self.dtype = plan, np.dtype(dtype)
         self.entries = borrow(f"entries of {plan.s.blocks} blocks", plan.planes * (plan.s.capacity + 16) * bytes)
-        self.starts = borrow(f"starts of {plan.s.blocks} blocks", plan.planes * (plan.lists + 1) * sizeof(int32_t))
+        self.starts = borrow(f"starts of {plan.s.blocks} blocks", plan.planes * (plan.lists + 1) * sizeof(int64_t))
         return 0
 
     cdef int count(self, const int64_t[::1] clipped) noexcept:
         """Take nnz from `starts`, and what was clipped."""
         cdef long plane
-        cdef const int32_t *starts = <const int32_t *>self.starts.data
+        cdef const int64_t *starts = <const int64_t *>self.starts.data
         for plane in range(self.plan.planes):
-            self.nnz += starts[plane * (self.plan.lists + 1) + self.plan.lists]
+            self.nnz += starts[plane * (self.plan.lists + 1) + self.plan.lists] - starts[plane * (self.plan.lists + 1)]
             self.clipped += clipped[plane]
         return 0
 
@@ -103,8 +103,8 @@ cdef class Entries:
         """[(span, output channel, list, positions, values)] of the lists that are not empty, for tests."""
         cdef:
             long plane, i
-            int32_t[:, ::1] starts = np.frombuffer(
-                self.starts.raw, np.int32, self.plan.planes * (self.plan.lists + 1)).reshape(self.plan.planes, -1)
+            int64_t[:, ::1] starts = np.frombuffer(
+                self.starts.raw, np.int64, self.plan.planes * (self.plan.lists + 1)).reshape(self.plan.planes, -1)
         kind = np.dtype([("position", np.int32), ("value", self.dtype)], align=True)
         room = self.plan.planes * (self.plan.s.capacity + 16)
         if self.dtype == np.int8:
@@ -117,8 +117,7 @@ cdef class Entries:
         for plane in range(self.plan.planes):
             for i in range(self.plan.lists):
                 if starts[plane, i + 1] > starts[plane, i]:
-                    first = plane * (self.plan.s.capacity + 16)
-                    run = entries[first + starts[plane, i]:first + starts[plane, i + 1]]
+                    run = entries[starts[plane, i]:starts[plane, i + 1]]
                     found.append((plane // self.plan.s.out_channels, plane % self.plan.s.out_channels, i,
                                   run["position"].copy(), run["value"].copy()))
         return found
@@ -158,16 +157,16 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
         long n = plan.planes, c
         int threads = team(n, 2. * n * plan.s.capacity)
         long chunks = chunks_of(n, threads)
-        long each = 16 * (plan.s.capacity // plan.s.span // 16 + 16)
+        long each = plan.s.capacity // plan.s.span + 16
         Buffer scratch = borrow("scratch", each * threads * sizeof(Entry[floating]))
         Entry[floating] *s = <Entry[floating] *>scratch.data
         Entry[floating] *e
-        int32_t *starts
+        int64_t *starts
         int64_t[::1] clipped = np.empty(n, np.int64)
         int64_t *clips = &clipped[0]
     out.make(plan, np.float32 if sizeof(floating) == 4 else np.float64, sizeof(Entry[floating]))
     out.same_positions = chosen is not None
-    e, starts = <Entry[floating] *>out.entries.data, <int32_t *>out.starts.data
+    e, starts = <Entry[floating] *>out.entries.data, <int64_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
                          s + each * threadid())
@@ -196,25 +195,30 @@ def sparsify(SlabPlan plan, floating[:, :, :, :, :] dy, floating[:, :, :, :, :] 
     return tuple(int(k) for k in np.asarray(counts).sum(1))
 
 
-cdef enum:
-    PARTS = 64  # that a sum is cut into, whatever the number of threads
+def standard_deviation(floating[:, :, :, :, :] dy, long images, floating[::1] db=None, bint accumulate=False):
+    """That of all values of the images, as a float; padding lanes are left out. NaN where a value is not finite.
 
-
-def standard_deviation(floating[:, :, :, :, :] x, long images):
-    """That of all values of the images, as a float; padding lanes are left out. NaN where a value is not finite."""
+    db: as of bias_grad(), done in the same pass.
+    """
     cdef:
-        Shape s = shape_of(x, images)
-        View[floating] xv = view(x)
-        long n = s.blocks * s.channels, c, parts = min(n, PARTS)
-        int threads = team(parts, size(s))
-        double sums[2 * PARTS]
-        floating origin = x[0, 0, 0, 0, 0]
-        double count = <double>images * s.channels * s.height * s.width, mean = 0, squares = 0
-    for c in prange(parts, nogil=True, num_threads=threads, schedule="static"):
-        kernels.deviations(s, xv, origin, &sums[2 * c], n * c // parts, n * (c + 1) // parts)
-    for c in range(parts):
-        mean += sums[2 * c] / count
-        squares += sums[2 * c + 1] / count
+        Shape s = shape_of(dy, images)
+        View[floating] g = view(dy)
+        floating *p = NULL  # OUT
+        long n = s.channels, c
+        int threads = team(n, size(s))
+        long chunks = chunks_of(n, threads)
+        double[:, ::1] sums = np.empty((n, 2))
+        double *out = &sums[0, 0]
+        floating origin = dy[0, 0, 0, 0, 0]
+        double count = <double>images * n * s.height * s.width, mean = 0, squares = 0
+    if db is not None:
+        same_length("db", db.shape[0], n)
+        p = &db[0]
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.deviations(s, g, origin, out, p, accumulate, n * c // chunks, n * (c + 1) // chunks)
+    for c in range(n):
+        mean += sums[c, 0] / count
+        squares += sums[c, 1] / count
     squares -= mean * mean
     return sqrt(squares) if not squares <= 0 else 0.
 
@@ -277,7 +281,7 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
         SlabPlan p = entries.plan
         View[floating] d
         const Entry[floating] *e = <const Entry[floating] *>entries.entries.data
-        const int32_t *starts = <const int32_t *>entries.starts.data
+        const int64_t *starts = <const int64_t *>entries.starts.data
         long n = p.spans * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads), row = p.s.channels if p.in_place() else 0
@@ -313,7 +317,7 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         SlabPlan p = entries.plan
         View[floating] xv
         const Entry[floating] *e = <const Entry[floating] *>entries.entries.data
-        const int32_t *starts = <const int32_t *>entries.starts.data
+        const int64_t *starts = <const int64_t *>entries.starts.data
         long parts = p.parts, n = parts * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads)

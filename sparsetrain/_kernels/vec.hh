@@ -33,6 +33,13 @@ template <class T> using V = typename Vec<T>::reg;
 template <class T> INLINE V<T> load(const T *p) { return *(const typename Vec<T>::mem *)p; }
 template <class T> INLINE void store(T *p, V<T> v) { *(typename Vec<T>::mem *)p = v; }
 template <class T> INLINE V<T> splat(T a) { return a - V<T>{}; }
+#if defined(__AVX512F__)
+INLINE V<float> floor(V<float> v) { return (V<float>)_mm512_floor_ps((__m512)v); }
+INLINE V<double> floor(V<double> v) { return (V<double>)_mm512_floor_pd((__m512d)v); }
+#elif defined(__AVX__)
+INLINE V<float> floor(V<float> v) { return (V<float>)_mm256_floor_ps((__m256)v); }
+INLINE V<double> floor(V<double> v) { return (V<double>)_mm256_floor_pd((__m256d)v); }
+#endif
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

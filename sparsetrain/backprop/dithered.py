@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsetrain import checks, int8, ops, sparse_gradient
+from sparsetrain import checks, int8, sparse_gradient
 from sparsetrain.backprop.method import Method
 
 LEAST, MOST = 1e-3, 1e6  # of s while a sparsity is to be held, so that it can come back from either end
@@ -56,7 +56,7 @@ class Dithered(Method):
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
         if not isinstance(x, int8.Operands):
             return super().backward(layer, x, weight, bias, geometry, dy, halo, into)
-        ops.bias_gradient(bias, dy)
+        self.bias_gradient(bias, dy)
         selection = self.select(layer, x, geometry, dy)
         if selection is None:
             return int8.exact_backward(x, weight, geometry, dy, halo, into), None
@@ -65,9 +65,12 @@ class Dithered(Method):
             layer.note_angle(dy.array, used.array)
         return int8.backward(x, weight, geometry, dy, selection, halo, into, layer.density)
 
+    def bias_gradient(self, bias, dy):
+        self.deviation = sparse_gradient.standard_deviation(dy, bias)  # one pass for both
+
     def select(self, layer, x, geometry, dy):
         s = layer.state.get("s", self.s)
-        step = s * sparse_gradient.standard_deviation(dy)
+        step = s * self.deviation
         if s <= EXACT or not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
             return None
         return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None and self.precision is None else 127)

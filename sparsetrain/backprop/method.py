@@ -63,15 +63,19 @@ class Method:
         """The Blocked that a layer read, from what forward() kept."""
         return kept
 
+    def bias_gradient(self, bias, dy):
+        """Adds the gradient of a bias (a Parameter or None), which is exact. Called before select()."""
+        ops.bias_gradient(bias, dy)
+
     def after(self, layer, dy, used):
         """Called after each backward pass with what it used, a sparse_gradient.Used (None: all was used)."""
 
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
         """dx of the layer; adds the gradients of weight and bias. Returns (dx, Used or None)."""
+        self.bias_gradient(bias, dy)
         found = self.select(layer, x, geometry, dy)
         if found is None:
-            return ops.conv2d_backward(x, weight, bias, geometry, dy, halo, into), None
-        ops.bias_gradient(bias, dy)
+            return ops.conv2d_backward(x, weight, None, geometry, dy, halo, into), None
         if isinstance(found, arrays.Blocked):
             if self.angles:
                 layer.note_angle(dy.array, found.array)
