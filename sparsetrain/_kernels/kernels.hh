@@ -183,7 +183,7 @@ template <class T> struct Kernels {
     void (*batch_norm_backward)(const BatchNorm<T> *, long begin, long end);
     // db[c] (+)= sum of dy over the channel
     void (*bias_grad)(Shape, View<T> dy, T *db, bool accumulate, long begin, long end);
-    // bias_grad() unless db is null, and for each channel the sums of dy - origin and of its square
+    // bias_grad() unless db is null, and the sums of dy - origin and of its square
     void (*deviations)(Shape, View<T> dy, T origin, double *sums, T *db, bool accumulate, long begin, long end);
 
     void (*relu)(Shape, View<T> x, View<T> y, long begin, long end);

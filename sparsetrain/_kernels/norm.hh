@@ -162,14 +162,16 @@ template <class T> void bias_grad(Shape s, View<T> dy, T *db, bool accumulate, l
     }
 }
 
-// Also for dithered gradients, whose step is a share of their deviation: one pass for both.
+// For dithered gradients, whose step is a share of their deviation: one pass for both.
 template <class T>
 void deviations(Shape s, View<T> dy, T origin, double *sums, T *db, bool accumulate, long begin, long end) {
     FlushToZero flush_to_zero;
     const Lanes<T> lanes(s);
-    if (db && s.height * s.width == 1) bias_grad(s, dy, db, accumulate, begin, end), db = nullptr;
+    const bool features = s.height * s.width == 1;
+    if (db && features) bias_grad(s, dy, db, accumulate, begin, end), db = nullptr;
+    Sum<T> d1, d2;
     for (long c = begin; c < end; c++) {
-        Sum<T> total, d1, d2;
+        Sum<T> total;
         for_channel<T>(s, [&](long b, long h) {
             const T *g = pixel_row(dy, b, c, h);
             const InLanes<T> in(lanes[b]);
@@ -177,8 +179,12 @@ void deviations(Shape s, View<T> dy, T origin, double *sums, T *db, bool accumul
                 const V<T> v = load(g + i), d = (v - origin) * in[k];
                 total.v[k] += v, d1.v[k] += d, d2.v[k] += d * d;
             });
-        }, [&] { total.flush(), d1.flush(), d2.flush(); });
+        }, [&] {
+            if (!features || c % 8 == 7) d1.flush(), d2.flush();  // a feature has few values
+            if (db) total.flush();
+        });
         if (db) db[c] = (accumulate ? db[c] : T(0)) + T(total.total);
-        sums[2 * c] = d1.total, sums[2 * c + 1] = d2.total;
     }
+    d1.flush(), d2.flush();
+    sums[0] = d1.total, sums[1] = d2.total;
 }

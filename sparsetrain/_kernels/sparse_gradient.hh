@@ -78,7 +78,7 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
             }
         }
         long n = 0;
-        for (long i = 0; i < IMAGES; i++) n += (long)clipped[i];
+        for (long i = 0; limit && i < IMAGES; i++) n += (long)clipped[i];
         return n;
     }
     const Values<T> real = real_images<T>(block, s.images);

@@ -195,6 +195,10 @@ def sparsify(SlabPlan plan, floating[:, :, :, :, :] dy, floating[:, :, :, :, :] 
     return tuple(int(k) for k in np.asarray(counts).sum(1))
 
 
+cdef enum:
+    PARTS = 64  # that a sum is cut into, whatever the number of threads
+
+
 def standard_deviation(floating[:, :, :, :, :] dy, long images, floating[::1] db=None, bint accumulate=False):
     """That of all values of the images, as a float; padding lanes are left out. NaN where a value is not finite.
 
@@ -204,21 +208,19 @@ def standard_deviation(floating[:, :, :, :, :] dy, long images, floating[::1] db
         Shape s = shape_of(dy, images)
         View[floating] g = view(dy)
         floating *p = NULL  # OUT
-        long n = s.channels, c
-        int threads = team(n, size(s))
-        long chunks = chunks_of(n, threads)
-        double[:, ::1] sums = np.empty((n, 2))
-        double *out = &sums[0, 0]
+        long n = s.channels, c, parts = min(n, PARTS)
+        int threads = team(parts, size(s))
+        double sums[2 * PARTS]
         floating origin = dy[0, 0, 0, 0, 0]
         double count = <double>images * n * s.height * s.width, mean = 0, squares = 0
     if db is not None:
         same_length("db", db.shape[0], n)
         p = &db[0]
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.deviations(s, g, origin, out, p, accumulate, n * c // chunks, n * (c + 1) // chunks)
-    for c in range(n):
-        mean += sums[c, 0] / count
-        squares += sums[c, 1] / count
+    for c in prange(parts, nogil=True, num_threads=threads, schedule="static"):
+        kernels.deviations(s, g, origin, &sums[2 * c], p, accumulate, n * c // parts, n * (c + 1) // parts)
+    for c in range(parts):
+        mean += sums[2 * c] / count
+        squares += sums[2 * c + 1] / count
     squares -= mean * mean
     return sqrt(squares) if not squares <= 0 else 0.
 
