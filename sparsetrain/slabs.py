@@ -10,15 +10,16 @@ from sparsetrain._kernels import core
 # 160 KB, 64 and 96 were best at 92 and 98 % zeros (64 channels at 56x56, 256 at 14x14, 512 at 7x7); 72 gives each its
 # better group.
 L1_BYTES = 72 << 10
-# With stride 2 a list has a quarter of the entries for as large a slab: lists of twice the images, of one register of
-# channels, are 2 to 4 % faster at 92 % zeros and 20 % at 98 % (128 -> 256 channels at 28x28, 64 -> 128 at 56x56).
-STRIDED_BYTES = 160 << 10
+# Lists of fewer entries than SHORT are better made of more images, with a register of channels instead of two: 6 to
+# 20 % faster at 98 % zeros, 2 to 4 % at 92 % with stride 2 (the layers above, 128 -> 256 channels at 28x28 and
+# others).
+SHORT, SHORT_BYTES = 8, 160 << 10
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
 
-def _vectors(channels, taps, lanes, strided):
+def _vectors(channels, taps, lanes, short):
     """Registers of channels side by side: as many as there are channels for, and as all taps of a tile leave."""
-    most = 8 if taps == 1 else 4 if taps <= 3 else 1 if strided else 2
+    most = 8 if taps == 1 else 4 if taps <= 3 else 1 if short else 2
     if lanes < 16:
         most = min(most, 4)
     while most > 1 and (most // 2) * lanes >= channels:
@@ -26,18 +27,17 @@ def _vectors(channels, taps, lanes, strided):
     return most
 
 
-def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None):
+def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None, short=False):
     """The SlabPlan for blocked shapes of x and dy (blocks, channels, height, width, 16). geometry.groups must be 1.
 
-    most: how many products a sum of the weight gradient may have before it is added to others; None if that is not
-    possible.
+    short: whether lists will have fewer entries than SHORT. most: how many products a sum of the weight gradient may
+    have before it is added to others; None if that is not possible.
     """
     blocks, channels, height, width = x_shape[:4]
     _, out_channels, out_height, out_width = dy_shape[:4]
     taps, size = kernel[0] * kernel[1], dtype.itemsize
     lanes = core.vector_lanes(dtype)
-    strided = geometry.stride[0] * geometry.stride[1] >= 4
-    side, room = _vectors(channels, taps, lanes, strided) * lanes, STRIDED_BYTES if strided else L1_BYTES
+    side, room = _vectors(channels, taps, lanes, short) * lanes, SHORT_BYTES if short else L1_BYTES
     row = (width + 2 * geometry.padding[1]) * side
     padded = height + 2 * geometry.padding[0]
     reach, stride = geometry.reach(kernel)[0] + 1, geometry.stride[0]

@@ -97,14 +97,22 @@ def skips(weight, geometry, density):
     return _gradient_time(density, weight.shape, lanes) < _weight_time(stored)
 
 
-def plan(x, weight, geometry, dy):
-    """The SlabPlan for arrays of these shapes, made once for the weight's structure."""
-    kernel = (*weight.shape, 1, 1)[2:4]
-    key = ("slabs", geometry, x.array.shape, dy.array.shape, x.n, x.dtype.char, core.get_isa())
-    plans = weight.structure.plans
-    if key not in plans:
-        plans[key] = slabs.plan(x.array.shape, x.dtype, dy.array.shape, x.n, kernel, geometry)
-    return plans[key]
+def plan(x, weight, geometry, dy, expected=None):
+    """The SlabPlan for arrays of these shapes, and the share of values that will be used if that is known; made once
+    for the weight's structure."""
+
+    def known(short):
+        kernel = (*weight.shape, 1, 1)[2:4]
+        key = ("slabs", geometry, x.array.shape, dy.array.shape, x.n, x.dtype.char, core.get_isa(), short)
+        plans = weight.structure.plans
+        if key not in plans:
+            plans[key] = slabs.plan(x.array.shape, x.dtype, dy.array.shape, x.n, kernel, geometry, short=short)
+        return plans[key]
+
+    found = known(False)
+    if expected is not None and found.taps > 3 and found.list_values * expected < slabs.SHORT:
+        return known(True)
+    return found
 
 
 def written_out(x, weight, geometry, dy, selection):
@@ -141,7 +149,7 @@ def _entries(x, weight, geometry, dy, selection, expected):
     if expected is not None and not skips(weight, geometry, expected) or geometry.groups > 1:
         return None, None
     start = time.perf_counter()
-    entries = core.compress(plan(x, weight, geometry, dy), dy.array, **_arguments(selection, dy))
+    entries = core.compress(plan(x, weight, geometry, dy, expected), dy.array, **_arguments(selection, dy))
     tell("compress", start, [dy], [])
     used = _used(dy, entries.nnz, entries.clipped, "gradient")
     return (entries, used) if skips(weight, geometry, used.density) else (None, None)

@@ -36,6 +36,7 @@ cdef class SlabPlan:
     group = property(lambda self: (<SlabPlan>self).s.group)
     bands = property(lambda self: (<SlabPlan>self).s.bands)
     positions = property(lambda self: (<SlabPlan>self).slab())
+    list_values = property(lambda self: (<SlabPlan>self).s.capacity / (<SlabPlan>self).lists)  # used or not
 
     cdef long slab(self):
         """Elements of a slab."""

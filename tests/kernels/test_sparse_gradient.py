@@ -13,7 +13,7 @@ from hypothesis import strategies as hs
 
 import reference as ref
 import sparsetrain as st
-from sparsetrain import arrays, plans, slabs
+from sparsetrain import arrays, nn, plans, slabs, sparse_gradient
 from sparsetrain._kernels import core
 from sparsetrain.arrays import IMAGES
 from strategies import Conv, quick
@@ -21,6 +21,7 @@ from strategies import Conv, quick
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 L1 = slabs.L1_BYTES
 SMALL_L1 = 3 << 10  # several bands and groups of few images, without large operands
+SHORT = None  # instead of a size: the plan for lists of few entries
 
 CASES = {
     "one value": (Conv(1, 1, 1, (1, 1), (1, 1)), L1),
@@ -43,6 +44,8 @@ CASES = {
     "3x1": (Conv(2, 17, 1, (9, 3), (3, 1), padding=(1, 0)), L1),
     "dilation": (Conv(5, 17, 3, (9, 8), (3, 3), (1, 2), (2, 2), (2, 2)), L1),
     "rows that no output reads": (Conv(3, 3, 2, (8, 9), (2, 2), (3, 3)), L1),
+    "short lists": (Conv(33, 40, 3, (9, 8), (3, 3), padding=(1, 1)), SHORT),
+    "short lists, stride 2": (Conv(19, 35, 2, (11, 10), (3, 3), (2, 2), (1, 1)), SHORT),
     "40 channels, one output": (Conv(16, 40, 1, (5, 5), (3, 3), padding=(1, 1)), L1),
 }
 KINDS = ["nonzero", "thresholds", "base", "base and thresholds", "chosen", "dither"]
@@ -66,7 +69,7 @@ def convs(draw):
         padding=pair(0, 1, 2),
         dilation=pair(1, 2),
     )
-    return (conv, draw(hs.sampled_from([SMALL_L1, L1]))) if min(output(conv)) > 0 else draw(convs())
+    return (conv, draw(hs.sampled_from([SMALL_L1, L1, SHORT]))) if min(output(conv)) > 0 else draw(convs())
 
 
 def geometry(conv):
@@ -105,8 +108,8 @@ def planned(conv, dtype, l1=L1):
 
     blocks = -(-conv.n // IMAGES)
     shapes = (blocks, conv.in_channels, *conv.size), (blocks, conv.out_channels, *output(conv))
-    with mock.patch.object(slabs, "L1_BYTES", l1), mock.patch.object(core, "SlabPlan", remember):
-        plan = slabs.plan(shapes[0], np.dtype(dtype), shapes[1], conv.n, conv.kernel, geometry(conv))
+    with mock.patch.object(slabs, "L1_BYTES", l1 or L1), mock.patch.object(core, "SlabPlan", remember):
+        plan = slabs.plan(shapes[0], np.dtype(dtype), shapes[1], conv.n, conv.kernel, geometry(conv), short=l1 is SHORT)
     return plan, arguments
 
 
@@ -491,3 +494,13 @@ def test_square_norms(shape, dtype, isa, threads):
     norms = np.full((-(-len(x) // IMAGES), *shape[2:], IMAGES), 2, dtype)
     core.square_norms(arrays.pack(x).array, norms)
     np.testing.assert_array_equal(of_rows(norms, len(x)), 2 + (x**2).sum(1))
+
+
+def test_the_plan_is_that_for_short_lists_where_few_values_are_used():
+    layer = nn.Conv2d(64, 4, 3, stride=2, padding=1)
+    x, dy = (arrays.pack(np.ones(shape, np.float32)) for shape in ((16, 64, 28, 28), (16, 4, 14, 14)))
+    made = [sparse_gradient.plan(x, layer.weight, layer.geometry, dy, e) for e in (None, 0.5, 0.001, 0.5, 0.001)]
+    assert made[0] is made[1] is made[3] and made[2] is made[4]
+    assert made[0].list_values * 0.5 > slabs.SHORT > made[0].list_values * 0.001
+    assert made[2].width == core.vector_lanes(np.float32) < made[0].width
+    assert made[2].list_values >= made[0].list_values
