@@ -39,7 +39,7 @@ NAMES = {
     "sparsity=0.92": "Dithered, 92 %",
     "paper-warm-0.9": "W-ReSprop, 90 %",
 }
-BELOW = (3.0, 2.0, 1.0)  # points below the dense run's accuracy
+BELOW = (5.0, 2.0, 1.0)  # points below the dense run's accuracy
 
 
 class Run:
