@@ -171,14 +171,15 @@ INLINE long append(PackedEntry *out, const Values<float> &value, const Ints &pos
 
 INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
 
-// Entries of 16 images, of which any may come next, to be sorted by image. `position` is 16 times theirs, plus the image.
+// Entries of 16 images, of which any may come next, to be sorted by image: at 92 % zeros 5 ns for 16 values with all else,
+// 7 if all values are transposed first (64 channels at 56x56). `position` is 16 times theirs, plus the image.
 template <class T> struct Unsorted {
     Entry<T> *entries;
     long n = 0;
     Ints counts = {};
 
     INLINE_MEMBER void add(const Values<T> &v, int32_t position) {
-        n += append(entries + n, v, LANES + position * (int32_t)IMAGES);
+        n += append(entries + n, v, LANES + (int32_t)((uint32_t)position * IMAGES));
         counts -= __builtin_convertvector(bits_of<T>(v) != 0, Ints);  // true is -1
     }
     // To out, image after image; begins[i] is where those of image i begin. `image` is the images' distance in the slab.
@@ -192,7 +193,7 @@ template <class T> struct Unsorted {
     }
 };
 
-// The lists of some planes (span x output channel). starts[plane][list] counts from the plane's own entries.
+// The lists of some planes (span x output channel). starts[plane][list] counts from `entries`.
 template <class T, class E>
 void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, E *entries, int64_t *starts,
               int64_t *clipped, Entry<T> *scratch) {
@@ -224,7 +225,7 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
                 Unsorted<T> found = {scratch};
                 int32_t begins[IMAGES];
                 clipped[plane] += used_values(s, *how, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
-                    __builtin_prefetch(entries + n + found.n, 1);  // sort() writes there: 0 to 30 % of all
+                    __builtin_prefetch(entries + n + found.n, 1);  // where sort() will write: 13 % of all
                     found.add(v, position(r, c));
                 });
                 found.sort(entries + n, (int32_t)s.image, begins);
@@ -458,7 +459,8 @@ template <int R, int C, int N, class T> struct Taps {
 // have the same positions: a load of x serves all of them. dw of the next channel is `size` further.
 enum { CHANNELS = 4 };
 template <int C, int N, class T>
-void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, long step, const T *slab, T *dw, long size, bool fresh) {
+void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, long step, const T *slab, T *dw, long size,
+                         bool fresh) {
     constexpr int L = Vec<T>::lanes;
     const Entry<T> *e[CHANNELS];
     UNROLL for (int o = 0; o < CHANNELS; o++) e[o] = entries + start[o * step];
@@ -521,7 +523,8 @@ INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[M
 // The same for CHANNELS channels whose lists have the same positions: a row of taps at a time, as many columns, or else
 // vectors of one, as the registers hold.
 template <class T>
-INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int64_t *start, const T *slab, T *w, long size, bool fresh) {
+INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int64_t *start, const T *slab, T *w, long size,
+                     bool fresh) {
     const long step = s.bands * (s.span * IMAGES / s.group) + 1;
     constexpr int L = Vec<T>::lanes;
     int columns = s.dilation[1] > 1 ? 1 : s.kernel[1] < MAX_TAPS ? (int)s.kernel[1] : MAX_TAPS, log = __builtin_ctz((int)(s.width / L));
@@ -570,7 +573,8 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
         for (long band = 0; band < s.bands; band++) {
             read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
             for (long g = 0; g < s.span * IMAGES / s.group; g++, fresh = false)
-                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e, const int64_t *start) {
+                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g,
+                          [&](long o, long n, const EntryOf<T> *e, const int64_t *start) {
                     if constexpr (!whole_numbers<T>)
                         if (o < together) {
                             if (o % CHANNELS == 0 && (n || fresh)) all_rows(s, n, entries, start, slab, dw + o * size, size, fresh);
@@ -607,7 +611,8 @@ INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scal
                 __builtin_memset(slab + i * s.image + shared * s.row, 0, (s.image - shared * s.row) * sizeof(T));
         }
         for (long g = 0; g < s.span * IMAGES / s.group; g++)
-            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g, [&](long o, long n, const EntryOf<T> *e, const int64_t *) {
+            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g,
+                      [&](long o, long n, const EntryOf<T> *e, const int64_t *) {
                 if (n) all_taps(s, tap_tiles<T>.input, n, e, slab, (T *)weights + o * size, false);
             });
         write_slab(s, dx, scale, first, blocks, group * s.width, band, slab, base, accumulate);
