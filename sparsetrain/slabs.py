@@ -1,7 +1,7 @@
 """How the products of a layer with a sparse output gradient run: channel-last slabs of x, and lists of entries.
 
-sparse_gradient.hh says what slabs and lists are. Here they are given their sizes, from the shapes and the instruction
-set alone, so that no result depends on the number of threads.
+sparse_gradient.hh says what slabs and lists are. Here they are given their sizes, from the shapes, the instruction set
+and how many values are used, so that no result depends on the number of threads.
 """
 
 from sparsetrain._kernels import core

@@ -7,7 +7,7 @@ import safetensors.numpy
 import reference as ref
 from sparsetrain import Trainer, data, manual_seed, nn, optim
 from sparsetrain.sparsity import NM, SET, GraNet, RigL
-from sparsetrain.train import Callback, FreeTickets
+from sparsetrain.train import Callback, Checkpoint, FreeTickets
 
 STEPS = 4  # an epoch
 SPARSITY = {
@@ -230,6 +230,15 @@ def test_a_resumed_run_has_its_tickets_again(method, tmp_path):
     assert len(again.tickets) == 4
     np.testing.assert_array_equal(again.predict(x), whole.predict(x))
     assert Trainer.resume(path).callbacks == []
+
+
+@pytest.mark.parametrize("checkpoint_first", [True, False])
+def test_a_checkpoint_has_the_ticket_of_its_epoch(checkpoint_first, tmp_path):
+    callbacks = [Checkpoint(tmp_path / "run.safetensors"), FreeTickets()]
+    trainer(callbacks=callbacks if checkpoint_first else callbacks[::-1]).fit(batches(), 2)
+    again = FreeTickets()
+    Trainer.resume(tmp_path / "run.safetensors", callbacks=[again])
+    assert len(again.tickets) == 2
 
 
 def test_each_of_two_collections_has_its_own_tickets_again(tmp_path):

@@ -118,17 +118,27 @@ class Runs:
 
     def get(self, name, settings, work):
         """The record of a run, from work() -> dict unless it is finished; None if it is not and may not be started."""
-        settings = json.loads(json.dumps(settings))
-        if not (self.chosen(name) and self.options.force):
-            for runs in (self.runs, *self.known):
-                if runs.get(name, {}).get("settings") == settings:
-                    if runs is not self.runs:
-                        self._keep(name, runs[name])
-                    return runs[name]
-        if not self.chosen(name) or time.perf_counter() - self.start > 60 * self.options.minutes:
-            return None
+        found = self.find(name, settings)
+        if found is not None or not self.chosen(name) or self.late():
+            return found
         start = time.perf_counter()
         return self.add(name, settings, work(), time.perf_counter() - start)
+
+    def find(self, name, settings):
+        """The record of a finished run with these settings, None if there is none or it is to be run again."""
+        if self.chosen(name) and self.options.force:
+            return None
+        settings = json.loads(json.dumps(settings))
+        for runs in (self.runs, *self.known):
+            if runs.get(name, {}).get("settings") == settings:
+                if runs is not self.runs:
+                    self._keep(name, runs[name])
+                return runs[name]
+        return None
+
+    def late(self):
+        """Whether --minutes are over."""
+        return time.perf_counter() - self.start > 60 * self.options.minutes
 
     def chosen(self, name):
         """Whether --only names this run."""

@@ -3,7 +3,7 @@
 All runs of a net train side by side, a process each, and take turns epoch by epoch, so that noise hits all alike. They
 have the same data, initial weights, optimiser and schedule, those of common.py; time is that of training steps with
 their data, without evaluation. The configurations are those of the other scripts, which take the finished runs from
-this one's file with --known.
+this one's file with --known (without ReSprop's angles).
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import common
 import numpy as np
+import turns
 from common import bench
 
 MODELS = ("small-cnn", "resnet20")
@@ -45,31 +46,30 @@ BELOW = (5.0, 2.0, 1.0)  # points below the dense run's accuracy
 class Run:
     """A training run in a process of its own."""
 
-    def __init__(self, label, model, seed, how, threads):
-        self.label, self.name = label, f"{model}/{label}/{seed}"
-        script, name = CONFIGURATIONS[label]
-        request = {"script": script, "name": name, "model": model, "seed": seed}
-        request |= {"threads": threads, "recipe": asdict(how)}
-        command = [sys.executable, Path(__file__).with_name("turns.py")]
+    def __init__(self, request):
+        self.record, self.seconds = None, 0.0
+        threads = str(request["threads"])
         # How sparsetrain's threads wait was set when this process imported it; a worker sets that for itself.
-        environment = {**bench.ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        environment = {**bench.ENVIRONMENT, "OMP_NUM_THREADS": threads}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-        self.process = subprocess.Popen(command, **pipes)
-        self._say(json.dumps(request))
-        self.record = self.settings = None
-        self.seconds = 0.0
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("turns.py")], **pipes)
+        self._write(json.dumps(request))
+
+    def ready(self):
+        """Wait until it may go on; its record is there when it has ended."""
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a worker ended with code {self.process.wait()}")
+        self.record = json.loads(answer).get("record")
 
     def epoch(self):
         """Train for one more."""
         start = time.perf_counter()
-        self._say("")
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self.name} ended with code {self.process.wait()}")
+        self._write("")
+        self.ready()
         self.seconds += time.perf_counter() - start
-        self.record, self.settings = (json.loads(answer).get(what) for what in ("record", "settings"))
 
-    def _say(self, line):
+    def _write(self, line):
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
@@ -94,27 +94,39 @@ def main():
 
 
 def race(runs, options, model, seed, how):
-    """{label: record} of a net's runs, trained in turns unless they are all known."""
-    names = {label: f"{model}/{label}/{seed}" for label in CONFIGURATIONS}
-    names = {label: name for label, name in names.items() if runs.chosen(name)}
-    known = {label: runs.runs[name] for label, name in names.items() if name in runs.runs}
-    same = all(record["settings"].items() >= asdict(how).items() for record in known.values())
-    if len(known) == len(names) and same and not options.force:
+    """{label: record} of a net's runs, trained in turns unless all are finished."""
+    requests = {}
+    for label, (script, name) in CONFIGURATIONS.items():
+        if runs.chosen(f"{model}/{label}/{seed}"):
+            requests[label] = {"script": script, "name": name, "model": model, "seed": seed}
+            requests[label] |= {"threads": options.threads, "recipe": asdict(how)}
+    settings = {label: turns.settings(request) for label, request in requests.items()}
+    known = {label: runs.find(f"{model}/{label}/{seed}", settings[label]) for label in requests}
+    if None not in known.values():
         return known
-    workers = []
+    if runs.late():
+        return {}
+    workers, records = {}, {}
     try:
-        for label in names:
-            workers.append(Run(label, model, seed, how, options.threads))
+        for label, request in requests.items():
+            workers[label] = Run(request)
+        for run in workers.values():
+            run.ready()
         for epoch in range(how.epochs):
             start = time.perf_counter()
-            for run in workers[epoch % len(workers) :] + workers[: epoch % len(workers)]:
-                if run.record is None:
+            order = list(workers)
+            for label in order[epoch % len(order) :] + order[: epoch % len(order)]:
+                run = workers[label]
+                if label not in records:
                     run.epoch()
+                    if run.record is not None:
+                        name = f"{model}/{label}/{seed}"
+                        records[label] = runs.add(name, settings[label], run.record, run.seconds)
             print(f"{model}, epoch {epoch + 1}/{how.epochs}: {time.perf_counter() - start:.0f} s", flush=True)
     finally:
-        for run in workers:
+        for run in workers.values():
             run.close()
-    return {run.label: runs.add(run.name, run.settings, run.record, run.seconds) for run in workers}
+    return {label: records[label] for label in requests}
 
 
 def print_times(model, configurations):
@@ -163,7 +175,7 @@ def plot(axes, found):
             correct = 100 * np.mean([r["val_accuracy"] for r in whole], axis=0)
             ax.plot(time_s, correct, marker=".", color=color, label=NAMES.get(label, label))
         last = [100 * r["accuracy"] for records in configurations.values() for r in records if r["accuracy"]]
-        ax.set_ylim(bottom=min(last) - 8)
+        ax.set_ylim(bottom=min(last, default=8) - 8)
         ax.set_title(model, fontsize=10)
         ax.set_xlabel("training time, s")
         ax.set_ylabel("test accuracy, %")

@@ -1,20 +1,19 @@
 """The worker process of time_to_accuracy.py: one training run, which waits for its turn before each epoch.
 
 Reads a JSON request from standard input, {"script": "sparseprop", "name": "GMP-0.9", "model": "resnet20", "seed": 0,
-"threads": 2, "recipe": {...}}, then an empty line for each epoch, and answers each of these with a line {"accuracy",
-"time_s"}; the last one, or the one in which the run diverged, with {"record": what common.fit returns, "settings"}.
-The script "torch" is PyTorch with dense weights and the same batches, initial weights, optimiser and schedule.
+"threads": 2, "recipe": {...}}. Whenever it is ready to begin an epoch it answers {} and waits for an empty line; at the
+end, or where the run diverged, it answers {"record": what common.fit returns}. The script "torch" is PyTorch with dense
+weights and the same batches, initial weights, optimiser and schedule.
 """
 
 import copy
-import importlib
+import importlib.metadata
 import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from dataclasses import asdict
 
 import common
 
@@ -25,14 +24,14 @@ TRIALS = 5  # steps in each memory layout of PyTorch, the first not counted
 
 
 class Turns:
-    """Our end of the pipe: an epoch begins with `wait` and ends with `answer`."""
+    """Our end of the pipe."""
 
     def __init__(self):
         # Libraries print; only answers may reach the real standard output.
         self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def wait(self):
+    def read(self):
         line = sys.stdin.readline()
         if not line:
             raise SystemExit("time_to_accuracy.py has ended")
@@ -41,34 +40,46 @@ class Turns:
     def answer(self, **values):
         print(json.dumps(common.rounded(values)), file=self.answers)
 
+    def wait(self):
+        """Until the next epoch may begin."""
+        self.answer()
+        self.read()
+
 
 class TakeTurns(Callback):
-    """Has a Trainer wait before each epoch, and answer after each but the last."""
+    """Has a Trainer wait before each epoch."""
 
-    def __init__(self, turns, epochs):
-        self.turns, self.epochs = turns, epochs
+    def __init__(self, turns):
+        self.turns = turns
 
     def on_epoch_begin(self, trainer, batches):
         self.turns.wait()
 
-    def on_epoch_end(self, trainer, row):
-        if trainer.epoch < self.epochs:
-            self.turns.answer(accuracy=row["val_accuracy"], time_s=row["time_s"])
+
+def methods(request):
+    """(method of backprop, method of sparsity as common.trainer() takes it) of a configuration of another script."""
+    found = importlib.import_module(request["script"]).METHODS[request["name"]]
+    return (None, found) if request["script"] == "sparseprop" else (found(request["seed"], request["model"]), None)
+
+
+def settings(request):
+    """What the result depends on; of the other scripts' configurations that which they have."""
+    model, seed, how = request["model"], request["seed"], common.Recipe(**request["recipe"])
+    if request["script"] == "torch":
+        return {"model": model, **request["recipe"], "seed": seed, "torch": importlib.metadata.version("torch")}
+    return common.settings(model, how, seed, *methods(request))
 
 
 def sparsetrain_run(request, how, turns):
-    """(record, settings) of a configuration of another script, the same as that script's own."""
-    model, seed = request["model"], request["seed"]
-    found = importlib.import_module(request["script"]).METHODS[request["name"]]
-    method, weights = (None, found) if request["script"] == "sparseprop" else (found(seed, model), None)
-    callbacks = [Progress(label=f"{model}/{request['name']}"), TakeTurns(turns, how.epochs)]
-    made, train, test = common.trainer(model, how, seed, method, callbacks, weights)
-    settings = common.settings(model, how, seed, method, weights)
-    return common.fit(made, train, how.epochs, test), settings
+    """The record of a configuration of another script, without what its own callbacks measure."""
+    method, weights = methods(request)
+    callbacks = [Progress(label=f"{request['model']}/{request['name']}"), TakeTurns(turns)]
+    made, train, test = common.trainer(request["model"], how, request["seed"], method, callbacks, weights)
+    return common.fit(made, train, how.epochs, test)
 
 
 def torch_run(request, how, turns):
-    """(record, settings) of PyTorch with dense weights, in the faster of its two memory layouts."""
+    """The record of PyTorch with dense weights, in the faster of its two memory layouts."""
     # What sparsetrain sets for its own threads is not for PyTorch's, which read it when they are loaded.
     os.environ.pop("GOMP_SPINCOUNT", None)
     sys.path.append(str(common.ROOT / "bench"))
@@ -130,21 +141,16 @@ def torch_run(request, how, turns):
         columns["time_s"].append(time.perf_counter() - before)
         columns["loss"].append(loss / len(train.labels))
         columns["val_accuracy"].append(accuracy())
-        if epoch + 1 < how.epochs:
-            turns.answer(accuracy=columns["val_accuracy"][-1], time_s=columns["time_s"][-1])
     columns["time_s"] = list(itertools.accumulate(columns["time_s"]))
-    settings = {"model": request["model"], **asdict(how), "seed": request["seed"], "torch": torch.__version__}
-    record = {"accuracy": columns["val_accuracy"][-1], "diverged": None, "layout": str(layout), **columns}
-    return record, settings
+    return {"accuracy": columns["val_accuracy"][-1], "diverged": None, "layout": str(layout), **columns}
 
 
 def main():
     turns = Turns()
-    request = json.loads(turns.wait())
+    request = json.loads(turns.read())
     st.set_num_threads(request["threads"])
     run = torch_run if request["script"] == "torch" else sparsetrain_run
-    record, settings = run(request, common.Recipe(**request["recipe"]), turns)
-    turns.answer(record=record, settings=settings)
+    turns.answer(record=run(request, common.Recipe(**request["recipe"]), turns))
 
 
 if __name__ == "__main__":

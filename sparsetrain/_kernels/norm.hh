@@ -162,7 +162,7 @@ template <class T> void bias_grad(Shape s, View<T> dy, T *db, bool accumulate, l
     }
 }
 
-// For dithered gradients, whose step is a share of their deviation: one pass for both.
+// For dithered gradients, whose step is a share of their deviation: one pass over maps for both.
 template <class T>
 void deviations(Shape s, View<T> dy, T origin, double *sums, T *db, bool accumulate, long begin, long end) {
     FlushToZero flush_to_zero;

@@ -7,7 +7,7 @@
 //     dw[tap, :] += value * x[position + tap, :]     with the taps of dw in registers
 //     dx[position + tap, :] += value * w[tap, :]     with the taps of w in registers
 //
-// What a list meets of the slab about fits L1 (slabs.py).
+// What a list meets of the slab about fits L1, unless the list is short (slabs.py).
 
 // ---- which values are used
 
@@ -26,9 +26,9 @@ template <class T> struct ImageBits {
 template <class T> INLINE typename ImageBits<T>::values bits_of(const Values<T> &v) { return (typename ImageBits<T>::values)v; }
 constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The largest whole number that is not above v; v itself where it is so large that it is whole.
+// The largest whole number that is not above v; where it does not fit 32 bits, v itself (whole, if a float).
 template <class T> INLINE Values<T> round_down(Values<T> v) {
-#if defined(__AVX__)
+#if defined(__AVX2__)
     constexpr int L = Vec<T>::lanes;
     V<T> part[IMAGES / L];
     __builtin_memcpy(part, &v, sizeof v);
@@ -37,7 +37,7 @@ template <class T> INLINE Values<T> round_down(Values<T> v) {
     return v;
 #else
     const Values<T> magnitude = v < 0 ? -v : v, none = {};
-    const auto small = magnitude < T(1 << 23);
+    const auto small = magnitude < T(sizeof(T) == 4 ? 1 << 23 : INT32_MAX);
     const Values<T> cut = __builtin_convertvector(__builtin_convertvector(small ? v : none, Ints), Values<T>);
     return small ? (cut > v ? cut - 1 : cut) : v;
 #endif

@@ -36,7 +36,7 @@ template <class T> INLINE V<T> splat(T a) { return a - V<T>{}; }
 #if defined(__AVX512F__)
 INLINE V<float> floor(V<float> v) { return (V<float>)_mm512_floor_ps((__m512)v); }
 INLINE V<double> floor(V<double> v) { return (V<double>)_mm512_floor_pd((__m512d)v); }
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 INLINE V<float> floor(V<float> v) { return (V<float>)_mm256_floor_ps((__m256)v); }
 INLINE V<double> floor(V<double> v) { return (V<double>)_mm256_floor_pd((__m256d)v); }
 #endif

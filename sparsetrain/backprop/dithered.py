@@ -44,6 +44,7 @@ class Dithered(Method):
             raise ValueError(f"bits is {self.bits!r}, must be 8 or None")
         if self.precision not in (None, 8):
             raise ValueError(f"precision is {self.precision!r}, must be 8 or None")
+        self.deviation = None  # of the gradient of this pass, once it is known
 
     def forward(self, x, weight, bias, geometry, halo, relu):
         if self.precision is None:
@@ -66,11 +67,13 @@ class Dithered(Method):
         return int8.backward(x, weight, geometry, dy, selection, halo, into, layer.density)
 
     def bias_gradient(self, bias, dy):
-        self.deviation = sparse_gradient.standard_deviation(dy, bias)  # one pass for both
+        if bias is not None:
+            self.deviation = sparse_gradient.standard_deviation(dy, bias)  # one pass for both
 
     def select(self, layer, x, geometry, dy):
         s = layer.state.get("s", self.s)
-        step = s * self.deviation
+        step = s * (sparse_gradient.standard_deviation(dy) if self.deviation is None else self.deviation)
+        self.deviation = None
         if s <= EXACT or not np.finfo(dy.dtype).tiny <= step < np.finfo(dy.dtype).max:
             return None
         return sparse_gradient.dither(step, layer.seed(), 0 if self.bits is None and self.precision is None else 127)

@@ -45,7 +45,7 @@ class MemAOP(Method):
         checks.number("decay", self.decay, low=0, high=1)
 
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
-        ops.bias_gradient(bias, dy)
+        self.bias_gradient(bias, dy)
         if geometry.groups > 1:
             raise ValueError(f"layer {layer.name} has groups {geometry.groups}, MemAOP needs 1: exclude it")
         used = self._weight_gradient(layer, x, weight, geometry, dy)

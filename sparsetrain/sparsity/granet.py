@@ -33,7 +33,7 @@ class GraNet(RigL):
         wanted = self.targets(cubic(self.initial, self.sparsity, self.progress()))
         for layer, number in zip(self.layers, wanted, strict=True):
             surplus = max(0, layer.weight.nnz - int(number))
-            count = min(self.count(layer), int(number) - 1)
+            count = max(0, min(self.count(layer), int(number) - 1))
             if surplus + count:
                 kept = self.drop(layer, surplus + count)
                 layer.rewire(kept, self.grow(layer, kept, count) if count else ())

@@ -10,7 +10,7 @@ from sparsetrain import checks
 from sparsetrain.sparse import SparseParameter
 from sparsetrain.sparsity import distributions
 from sparsetrain.sparsity.probe import Probe
-from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, masks, sparsifiable
+from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, changeable, masks
 
 UNITS = ("steps", "epochs")
 
@@ -76,9 +76,7 @@ class Method:
 
         ValueError if a glob matches no layer or the sparsity cannot be reached; then the model is as it was.
         """
-        named = sparsifiable(model, self.exclude, self.include)
-        if not named:
-            raise ValueError("the model has no convolution or linear layer to make sparse")
+        named = changeable(model, self.exclude, self.include)
         self.detach()
         layers = [Layer(*pair) for pair in named]
         if self.distribution != "global":
@@ -140,11 +138,11 @@ class Method:
                 layer.rewire(mask, ())
 
     def targets(self, sparsity):
-        """How many weights each layer keeps at this sparsity."""
-        return self._numbers(self.layers, sparsity)
+        """How many of its weights each layer keeps at this sparsity."""
+        return self._numbers(self.layers, sparsity, [layer.weight.nnz for layer in self.layers])
 
-    def _numbers(self, layers, sparsity):
-        return getattr(distributions, self.distribution)([layer.weight.shape for layer in layers], sparsity)
+    def _numbers(self, layers, sparsity, stored=None):
+        return getattr(distributions, self.distribution)([layer.weight.shape for layer in layers], sparsity, stored)
 
     def report(self):
         """{layer: {"weights", "nnz", "sparsity", "dropped", "grown", "explored"}}.

@@ -16,7 +16,7 @@ def sparsifiable(model, exclude=(), include=("*",)):
     """[(name, layer)] of the convolutions and linear layers of `model` whose names match a glob of `include` and none
     of `exclude`.
 
-    ValueError for a glob that matches none of them, and for two of them that share a weight.
+    ValueError for a glob that matches none of them.
     """
     layers = [(n, m) for n, m in model.named_modules() if len(getattr(getattr(m, "weight", None), "shape", ())) > 1]
     for argument, globs in (("exclude", exclude), ("include", include)):
@@ -30,12 +30,18 @@ def sparsifiable(model, exclude=(), include=("*",)):
     def matches(name, globs):
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
-    chosen = [(n, m) for n, m in layers if matches(n, include) and not matches(n, exclude)]
-    owners = {}
-    for name, layer in chosen:
+    return [(n, m) for n, m in layers if matches(n, include) and not matches(n, exclude)]
+
+
+def changeable(model, exclude, include):
+    """sparsifiable(), of which there must be one, and no two may share a weight: ValueError."""
+    named, owners = sparsifiable(model, exclude, include), {}
+    if not named:
+        raise ValueError("the model has no convolution or linear layer to make sparse")
+    for name, layer in named:
         if owners.setdefault(id(layer.weight), name) != name:
             raise ValueError(f"layers {owners[id(layer.weight)]} and {name} share a weight: exclude one of them")
-    return chosen
+    return named
 
 
 def masks(named, sparsity, score, distribution):
@@ -74,9 +80,7 @@ def sparsify(
     sparsity = checks.fraction("sparsity", sparsity)
     score = METHODS[checks.one_of("method", method, METHODS)]
     checks.one_of("distribution", distribution, DISTRIBUTIONS)
-    named = sparsifiable(model, exclude, include)
-    if not named:
-        raise ValueError("the model has no convolution or linear layer to make sparse")
+    named = changeable(model, exclude, include)
     if method in scores.WITH_GRADIENTS:
         if batches is None:
             raise ValueError(f"method {method!r} needs batches, a list of (x, y)")

@@ -18,8 +18,11 @@ class Callback:
     row is the epoch's row of the history; mean holds loss, accuracy and images_per_s of the epoch
     up to this batch. Set `trainer.stop = True` to end the run after the epoch. What a callback must remember when a run
     is resumed it gives as {name: array} in state_dict(), and takes back, if it is given to Trainer.resume, in
-    load_state_dict(), before the trainer has its weights: ValueError there if it does not fit.
+    load_state_dict(), before the trainer has its weights: ValueError there if it does not fit. Callbacks that save are
+    called after all others, so that what is saved has what these did.
     """
+
+    saves = False
 
     def on_fit_begin(self, trainer, epochs): ...
 
@@ -108,6 +111,8 @@ class Checkpoint(Callback):
     best: None, or the column whose best value so far an epoch must reach to be saved. steps: also save after every so
     many steps. keep: how many files, the one at path and those it replaced: <name>-1.<suffix> is the last but one.
     """
+
+    saves = True
 
     def __init__(self, path, best=None, every=1, steps=None, keep=1):
         self.path = Path(path)

@@ -122,10 +122,10 @@ def resume(trainer_class, path, model, optimizer, settings):
             for kind in METHODS:
                 method = getattr(trainer, kind)
                 if method is not None and meta[kind] is not None:
-                    state = _below(f"{kind}/", arrays)
+                    state = below(f"{kind}/", arrays)
                     method.load_state_dict({key: a if a.ndim else a[()] for key, a in state.items()})
             for name, callback in _named(trainer.callbacks):
-                if state := _below(f"callback/{name}/", arrays):
+                if state := below(f"callback/{name}/", arrays):
                     callback.load_state_dict(state, trainer)
     except BaseException:
         for method in (weights, trainer.backprop):
@@ -198,19 +198,19 @@ def read_state(path):
                     f"{path}: {name} has shape {parameter.shape}, too large for its {parameter.nnz} weights"
                 )
             state[name] = parameter.to_dense()
-        return state | _below("buffer/", arrays)
+        return state | below("buffer/", arrays)
 
 
-def _below(prefix, arrays):
+def below(prefix, arrays):
     """The arrays whose names begin so, by the rest of their names."""
     return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
 
 
 def _named(callbacks):
     """(class and number among those of its class, callback) of each."""
+    kinds = [type(callback).__name__ for callback in callbacks]
     for i, callback in enumerate(callbacks):
-        kind = type(callback)
-        yield f"{kind.__name__}-{sum(type(other) is kind for other in callbacks[:i])}", callback
+        yield f"{kinds[i]}-{kinds[:i].count(kinds[i])}", callback
 
 
 def describe(module):
@@ -273,7 +273,7 @@ def _parameters(path, meta, arrays, model):
         data = parameters[name].data
         if data.dtype != present[name].data.dtype:
             raise ValueError(f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}")
-        for key, slot in _below(f"slot/{name}/", arrays).items():
+        for key, slot in below(f"slot/{name}/", arrays).items():
             if (slot.shape, slot.dtype) != (data.shape, data.dtype):
                 raise ValueError(
                     f"{path}: slot/{name}/{key} is {slot.dtype} {slot.shape}, must be {data.dtype} {data.shape} as its "
@@ -292,7 +292,7 @@ def parameter_arrays(name, parameter):
 
 
 def read_parameter(path, arrays, name, shape):
-    """The parameter of these arrays; ValueError, which names the path, if it has another shape or is none."""
+    """The parameter of these arrays; ValueError if it has another shape or is none, KeyError if one is missing."""
     data = arrays[f"parameter/{name}/data"]
     if f"parameter/{name}/indptr" in arrays:
         return SparseParameter(shape, *(arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices")), data)
@@ -302,7 +302,7 @@ def read_parameter(path, arrays, name, shape):
 
 
 def _buffers(path, arrays, model):
-    saved = _below("buffer/", arrays)
+    saved = below("buffer/", arrays)
     present = dict(model.named_buffers())
     _same_names(path, "buffer", saved, present)
     for name, array in saved.items():

@@ -76,7 +76,7 @@ class FreeTickets(Callback):
     def load_state_dict(self, state, trainer):
         tickets, wanted = [], [(name, b.shape) for name, b in trainer.model.named_buffers()]
         for i in range(len({key.partition("/")[0] for key in state})):
-            arrays = {key.removeprefix(f"{i}/"): array for key, array in state.items() if key.startswith(f"{i}/")}
+            arrays = checkpoint.below(f"{i}/", state)
             parameters = [
                 checkpoint.read_parameter(f"ticket {i}", arrays, name, p.shape)
                 for name, p in trainer.model.named_parameters()

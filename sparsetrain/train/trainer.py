@@ -29,7 +29,8 @@ class Trainer:
     schedule: a function of the step that sets optimizer.lr before each step, or None.
     backprop: a method of `backprop` that says which values of the output gradients are used; None: all, but for
     layers that a method was attached to by hand. sparsity: a method of `sparsity` that says which weights exist, and
-    when that changes; None: those that exist now. callbacks: `Callback` objects, called in this order.
+    when that changes; None: those that exist now. callbacks: `Callback` objects, called in this order, but those that
+    save last.
 
     Data are batches (x, y) from anything that can be iterated over once an epoch, such as
     `data.Batches`; where it has an `epoch` attribute, that is set before each pass. Accuracy is
@@ -224,7 +225,7 @@ class Trainer:
         return row | {"gradient_sparsity": unused / values if values else None, "layers": layers}
 
     def _call(self, point, *arguments):
-        for callback in self.callbacks:
+        for callback in sorted(self.callbacks, key=lambda callback: callback.saves):
             getattr(callback, point)(self, *arguments)
 
     def _check_weights(self):

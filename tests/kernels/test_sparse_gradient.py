@@ -458,6 +458,19 @@ def test_standard_deviation_is_the_same_for_any_thread_count():
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("shape", [(19, 5, 6, 7), (35, 70, 1, 1), (1, 1, 1, 1), (16, 9, 1, 3)], ids=str)
+@DTYPES
+def test_standard_deviation_and_bias_gradient_in_one_pass(shape, accumulate, dtype, isa, threads):
+    x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    dy = activation(x)
+    found, wanted = np.full((2, shape[1]), 3, dtype)
+    deviation = core.standard_deviation(dy.array, len(x), found, accumulate)
+    core.bias_grad(dy.array, wanted, accumulate)
+    assert found.tobytes() == wanted.tobytes()
+    assert deviation == core.standard_deviation(dy.array, len(x)) == pytest.approx(x.std(dtype=float), rel=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 16, 35])
 @DTYPES
 def test_sum_images(n, dtype, isa, threads):

@@ -7,7 +7,7 @@ from hypothesis import strategies as hs
 
 import sparsetrain as st
 from nets import images, small_net
-from sparsetrain import nn
+from sparsetrain import interchange, nn
 from sparsetrain.sparse import SparseParameter
 from strategies import quick
 
@@ -311,3 +311,4 @@ def test_layers_that_share_a_weight():
     st.sparsify(model, 0.5, exclude=["2"])
     assert model[2].weight is model[0].weight
     assert model[0].weight.nnz == 32
+    assert set(interchange.to_scipy(model)) == {"0", "2"}
