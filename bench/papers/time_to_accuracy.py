@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import common
@@ -40,7 +40,11 @@ NAMES = {
     "sparsity=0.92": "Dithered, 92 %",
     "paper-warm-0.9": "W-ReSprop, 90 %",
 }
+EPOCHS = {"small-cnn": 24}  # where not those of common.py
 BELOW = (5.0, 2.0, 1.0)  # points below the dense run's accuracy
+
+
+COLORS = ["0.0", "0.5", *(f"C{i}" for i in range(10) if i != 7)]  # of CONFIGURATIONS; C7 is grey, as is dense
 
 
 class Run:
@@ -83,6 +87,8 @@ def main():
     runs, found = common.Runs(options), {}
     for model in MODELS:
         how = common.recipe(options, model)
+        if model in EPOCHS and options.epochs is None:
+            how = replace(how, epochs=EPOCHS[model])
         for seed in options.seeds:
             records = race(runs, options, model, seed, how)
             for label, record in records.items():
@@ -94,39 +100,37 @@ def main():
 
 
 def race(runs, options, model, seed, how):
-    """{label: record} of a net's runs, trained in turns unless all are finished."""
-    requests = {}
+    """{label: record} of a net's finished runs; those that --only names are trained in turns unless all of them are."""
+    names = {label: f"{model}/{label}/{seed}" for label in CONFIGURATIONS}
+    requests, settings, records, workers = {}, {}, {}, {}
     for label, (script, name) in CONFIGURATIONS.items():
-        if runs.chosen(f"{model}/{label}/{seed}"):
-            requests[label] = {"script": script, "name": name, "model": model, "seed": seed}
-            requests[label] |= {"threads": options.threads, "recipe": asdict(how)}
-    settings = {label: turns.settings(request) for label, request in requests.items()}
-    known = {label: runs.find(f"{model}/{label}/{seed}", settings[label]) for label in requests}
-    if None not in known.values():
-        return known
-    if runs.late():
-        return {}
-    workers, records = {}, {}
+        request = {"script": script, "name": name, "model": model, "seed": seed}
+        requests[label] = request | {"threads": options.threads, "recipe": asdict(how)}
+        settings[label] = turns.settings(requests[label])
+        record = runs.find(names[label], settings[label])
+        if record is not None:
+            records[label] = record
+    chosen = [label for label in names if runs.chosen(names[label])]
+    if all(label in records for label in chosen) or runs.late():
+        return records
     try:
-        for label, request in requests.items():
-            workers[label] = Run(request)
+        for label in chosen:
+            workers[label] = Run(requests[label])
         for run in workers.values():
             run.ready()
         for epoch in range(how.epochs):
             start = time.perf_counter()
-            order = list(workers)
-            for label in order[epoch % len(order) :] + order[: epoch % len(order)]:
+            for label in chosen[epoch % len(chosen) :] + chosen[: epoch % len(chosen)]:
                 run = workers[label]
-                if label not in records:
+                if run.record is None:
                     run.epoch()
                     if run.record is not None:
-                        name = f"{model}/{label}/{seed}"
-                        records[label] = runs.add(name, settings[label], run.record, run.seconds)
+                        records[label] = runs.add(names[label], settings[label], run.record, run.seconds)
             print(f"{model}, epoch {epoch + 1}/{how.epochs}: {time.perf_counter() - start:.0f} s", flush=True)
     finally:
         for run in workers.values():
             run.close()
-    return {label: records[label] for label in requests}
+    return {label: records[label] for label in names if label in records}
 
 
 def print_times(model, configurations):
@@ -170,7 +174,7 @@ def plot(axes, found):
             whole = [r for r in records if r["accuracy"] is not None]
             if not whole:
                 continue
-            color = {"torch": "0.0", "exact": "0.5"}.get(label, f"C{list(CONFIGURATIONS).index(label)}")
+            color = COLORS[list(CONFIGURATIONS).index(label)]
             time_s = np.mean([r["time_s"] for r in whole], axis=0)
             correct = 100 * np.mean([r["val_accuracy"] for r in whole], axis=0)
             ax.plot(time_s, correct, marker=".", color=color, label=NAMES.get(label, label))

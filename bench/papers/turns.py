@@ -8,6 +8,7 @@ weights and the same batches, initial weights, optimiser and schedule.
 
 import copy
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -66,7 +67,8 @@ def settings(request):
     """What the result depends on; of the other scripts' configurations that which they have."""
     model, seed, how = request["model"], request["seed"], common.Recipe(**request["recipe"])
     if request["script"] == "torch":
-        return {"model": model, **request["recipe"], "seed": seed, "torch": importlib.metadata.version("torch")}
+        version = importlib.metadata.version("torch") if importlib.util.find_spec("torch") else None
+        return {"model": model, **request["recipe"], "seed": seed, "torch": version}
     return common.settings(model, how, seed, *methods(request))
 
 
