@@ -42,8 +42,6 @@ NAMES = {
 }
 EPOCHS = {"small-cnn": 24}  # where not those of common.py
 BELOW = (5.0, 2.0, 1.0)  # points below the dense run's accuracy
-
-
 COLORS = ["0.0", "0.5", *(f"C{i}" for i in range(10) if i != 7)]  # of CONFIGURATIONS; C7 is grey, as is dense
 
 

@@ -182,9 +182,7 @@ def test_changed_bytes(whole, draw):
     if path.suffix == ".safetensors":
         last = 7 + int.from_bytes(contents[:8], "little")
     for _ in range(draw.draw(hs.integers(1, 6))):
-        # "r" with four bytes after it asks a pickle for a memo of any length
-        byte = draw.draw(hs.integers(0, 255).filter(lambda b: b != ord("r")))
-        changed[draw.draw(hs.integers(0, last))] = byte
+        changed[draw.draw(hs.integers(0, last))] = draw.draw(hs.integers(0, 255))
     check(path, bytes(changed))
 
 
@@ -597,6 +595,21 @@ def test_resnet20_as_published():
     batches = data.Batches(images[:2000], labels[:2000], 256, mean=MEAN, std=STD)
     assert run.evaluate(batches)["accuracy"] > 0.9
     assert_same(load_state(nn.models.resnet20_a(), other).state_dict(), model.state_dict())
+
+
+def test_a_pruned_squeezenet():
+    """The zeros of Deep Compression's weights become structure: its squeeze and expand layers, one after the other."""
+    state = read_state(published("squeezenet_v1.0_pruned_deepcompression.npz"))
+    assert len(state) == 52 and sum(array.size for array in state.values()) == 1_248_424
+    names = {f"fire2/{theirs}.{kind}": f"{i}.{kind}" for i, theirs in enumerate(("conv1x1_1", "conv3x3_2"))
+             for kind in ("weight", "bias")}  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(96, 16, 1), nn.Conv2d(16, 64, 3, padding=1))
+    load_state(model, {name: state[name] for name in names}, names=names)
+    zeros_to_structure(model)
+    assert [model[i].weight.nnz for i in (0, 1)] == [np.count_nonzero(state[f"fire2/{n}.weight"])
+                                                     for n in ("conv1x1_1", "conv3x3_2")]  # fmt: skip
+    np.testing.assert_array_equal(model[1].weight.to_dense(), state["fire2/conv3x3_2.weight"])
+    assert 0.66 < model[1].weight.sparsity < 0.68
 
 
 # ---- known faults

@@ -337,18 +337,8 @@ def test_deep_nesting(tmp_path):
 # ---- damaged files
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["zip", "sequence"])
-def whole(request, tmp_path_factory):
-    """Path and bytes of a sound file."""
-    path = tmp_path_factory.mktemp("torch") / "a.pt"
-    write_state(path, arrays(), old=request.param)
-    return path, path.read_bytes()
-
-
-def check(path, contents):
+def check(path):
     """read_state() gives arrays, or a ValueError or an OSError."""
-    path = path.with_name("changed.pt")
-    path.write_bytes(contents)
     try:
         state = read_state(path)
     except (ValueError, OSError) as error:
@@ -358,35 +348,15 @@ def check(path, contents):
 
 
 @quick
-@given(hs.data())
-def test_changed_bytes(whole, draw):
-    path, contents = whole
-    changed = bytearray(contents)
-    for _ in range(draw.draw(hs.integers(1, 8))):
-        # "r" with four bytes after it asks for a memo of any length
-        byte = draw.draw(hs.integers(0, 255).filter(lambda b: b != ord("r")))
-        changed[draw.draw(hs.integers(0, len(changed) - 1))] = byte
-    check(path, bytes(changed))
-
-
-@quick
-@given(hs.data())
-def test_cut_files(whole, draw):
-    path, contents = whole
-    start = draw.draw(hs.sampled_from([0, 0, 0, 1, 30]))
-    check(path, contents[start : draw.draw(hs.integers(0, len(contents)))])
-
-
-@quick
 @given(hs.lists(hs.sampled_from([b"(", b".", b"0", b"1", b"2", b"]", b"}", b")", b"R", b"Q", b"b", b"s", b"u", b"a",
     b"t", b"d", b"l", b"\x81", b"\x85", b"\x86", b"\x87", b"\x93", b"N", b"K\x01", dump("x"), b"q\x01", b"h\x01",
     named("collections", "OrderedDict"), named("torch", "FloatStorage"),
     named("torch._utils", "_rebuild_tensor_v2"), storage("FloatStorage", "0", 2)]), max_size=20))  # fmt: skip
-def test_any_opcodes(whole, opcodes):
-    path, _ = whole
+def test_any_opcodes(tmp_path_factory, opcodes):
+    path = tmp_path_factory.getbasetemp() / "any.pt"
     for write in WRITES.values():
-        write(path.with_name("any.pt"), Raw(b"".join(opcodes)), {"0": np.zeros(2, np.float32)})
-        check(path, path.with_name("any.pt").read_bytes())
+        write(path, Raw(b"".join(opcodes)), {"0": np.zeros(2, np.float32)})
+        check(path)
 
 
 # ---- known faults
