@@ -86,12 +86,13 @@ def parse(description, seeds, epochs, quick_only):
     return options
 
 
-def recipe(options, model):
-    """The model's Recipe, as the options change it."""
+def recipe(options, model, longer=None):
+    """The model's Recipe, as the options change it. longer: {model: epochs} where not those of RECIPES."""
     found = RECIPES[model]
+    epochs = options.epochs or (longer or {}).get(model, found.epochs)
     if options.quick:  # this set is part of the package
         found = replace(found, data="fashion-mini", images=QUICK_IMAGES, batch=QUICK_BATCH)
-    return replace(found, epochs=options.epochs or found.epochs)
+    return replace(found, epochs=epochs)
 
 
 # ---- finished runs
@@ -289,15 +290,15 @@ def settings(model, recipe, seed, method, sparsity=None):
     return found
 
 
-def run_all(runs, options, models, methods, callbacks=lambda: (), sparsities=None):
+def run_all(runs, options, models, methods, callbacks=lambda: (), sparsities=None, longer=None):
     """{model: {configuration: [records]}} of models x methods x seeds.
 
     methods: {configuration: f(seed, model) -> Method or None}; callbacks: a function that makes those of a run;
-    sparsities: {configuration: trainer()'s argument sparsity}.
+    sparsities: {configuration: trainer()'s argument sparsity}; longer: recipe()'s.
     """
     found = {}
     for model in models:
-        how = recipe(options, model)
+        how = recipe(options, model, longer)
         for name, make in methods.items():
             for seed in options.seeds:
                 method, label = make(seed, model), f"{model}/{name}/{seed}"

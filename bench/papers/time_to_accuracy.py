@@ -11,11 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import common
 import numpy as np
+import sparseprop
 import turns
 from common import bench
 
@@ -40,7 +41,6 @@ NAMES = {
     "sparsity=0.92": "Dithered, 92 %",
     "paper-warm-0.9": "W-ReSprop, 90 %",
 }
-EPOCHS = {"small-cnn": 24}  # where not those of common.py
 BELOW = (5.0, 2.0, 1.0)  # points below the dense run's accuracy
 COLORS = ["0.0", "0.5", *(f"C{i}" for i in range(10) if i != 7)]  # of CONFIGURATIONS; C7 is grey, as is dense
 
@@ -84,9 +84,7 @@ def main():
     options = common.parse(__doc__, seeds=[0], epochs="the net's, see common.py", quick_only=quick)
     runs, found = common.Runs(options), {}
     for model in MODELS:
-        how = common.recipe(options, model)
-        if model in EPOCHS and options.epochs is None:
-            how = replace(how, epochs=EPOCHS[model])
+        how = common.recipe(options, model, sparseprop.LONGER)
         for seed in options.seeds:
             records = race(runs, options, model, seed, how)
             for label, record in records.items():
