@@ -4,6 +4,7 @@ sparse_gradient.hh says what slabs and lists are. Here they are given their size
 and how many values are used, so that no result depends on the number of threads.
 """
 
+from sparsetrain import arrays
 from sparsetrain._kernels import core
 
 # What a list meets of a slab: more than L1's 48 KB, as longer lists load the taps less often. Of 32, 64, 96 and
@@ -27,17 +28,17 @@ def _vectors(channels, taps, lanes, short):
     return most
 
 
-def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None, short=False):
+def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None, short=False, lanes=arrays.IMAGES):
     """The SlabPlan for blocked shapes of x and dy (blocks, channels, height, width, 16). geometry.groups must be 1.
 
-    short: whether lists will have fewer entries than SHORT. most: how many products a sum of the weight gradient may
-    have before it is added to others; None if that is not possible.
+    short: whether lists will have fewer entries than SHORT. lanes: 1 for a plain image alone. most: how many products
+    a sum of the weight gradient may have before it is added to others; None if that is not possible.
     """
     blocks, channels, height, width = x_shape[:4]
     _, out_channels, out_height, out_width = dy_shape[:4]
     taps, size = kernel[0] * kernel[1], dtype.itemsize
-    lanes = core.vector_lanes(dtype)
-    side, room = _vectors(channels, taps, lanes, short) * lanes, SHORT_BYTES if short else L1_BYTES
+    register = core.vector_lanes(dtype)
+    side, room = _vectors(channels, taps, register, short) * register, SHORT_BYTES if short else L1_BYTES
     row = (width + 2 * geometry.padding[1]) * side
     padded = height + 2 * geometry.padding[0]
     reach, stride = geometry.reach(kernel)[0] + 1, geometry.stride[0]
@@ -60,22 +61,23 @@ def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None, short=Fa
     line = 64 // size
     image = (-(-rows(bands) * row // line) | 1) * line
     group, span = 1, 1
-    while group < 16 and 2 * group * image * size <= room:
+    while group < lanes and 2 * group * image * size <= room:
         group *= 2
-    if group == 16:
-        while span * 2 <= blocks and 32 * span * image * size <= room:
+    if group == lanes:
+        while span * 2 <= blocks and 2 * lanes * span * image * size <= room:
             span *= 2
-        group = 16 * span
+        group = lanes * span
     spans = -(-blocks // span)
     channel_groups = -(-channels // side)
     parts = min(spans, -(-TASKS // channel_groups))
     if most is not None:
-        spans_of_a_part = most // (16 * span * out_height * out_width)
+        spans_of_a_part = most // (lanes * span * out_height * out_width)
         if spans_of_a_part == 0:
             return None
         parts = max(parts, -(-spans // spans_of_a_part))
     return core.SlabPlan(
         blocks=blocks, images=images, channels=channels, height=height, in_width=width, out_channels=out_channels,
         out_height=out_height, out_width=out_width, kernel=kernel, stride=geometry.stride, padding=geometry.padding,
-        dilation=geometry.dilation, width=side, span=span, group=group, bands=bands, row=row, image=image, parts=parts,
+        dilation=geometry.dilation, width=side, lanes=lanes, span=span, group=group, bands=bands, row=row, image=image,
+        parts=parts, short=short,
     )  # fmt: skip

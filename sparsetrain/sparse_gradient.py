@@ -97,22 +97,24 @@ def skips(weight, geometry, density):
     return _gradient_time(density, weight.shape, lanes) < _weight_time(stored)
 
 
-def plan(x, weight, geometry, dy, expected=None):
-    """The SlabPlan for arrays of these shapes, and the share of values that will be used if that is known; made once
-    for the weight's structure."""
+def plan(x, weight, geometry, dy, short=False):
+    """The SlabPlan for these arrays, made once for the weight's structure. short: as of slabs.plan()."""
+    return _plan(weight, geometry, x.dtype, x.array.shape[:4], dy.array.shape[:4], x.n, short)
 
-    def known(short):
-        kernel = (*weight.shape, 1, 1)[2:4]
-        key = ("slabs", geometry, x.array.shape, dy.array.shape, x.n, x.dtype.char, core.get_isa(), short)
-        plans = weight.structure.plans
-        if key not in plans:
-            plans[key] = slabs.plan(x.array.shape, x.dtype, dy.array.shape, x.n, kernel, geometry, short=short)
-        return plans[key]
 
-    found = known(False)
-    if expected is not None and found.taps > 3 and found.list_values * expected < slabs.SHORT:
-        return known(True)
-    return found
+def _plan(weight, geometry, dtype, x_shape, dy_shape, images, short, lanes=arrays.IMAGES):
+    kernel, plans = (*weight.shape, 1, 1)[2:4], weight.structure.plans
+    key = ("slabs", geometry, x_shape, dy_shape, images, dtype.char, core.get_isa(), short, lanes)
+    if key not in plans:
+        plans[key] = slabs.plan(x_shape, dtype, dy_shape, images, kernel, geometry, short=short, lanes=lanes)
+    return plans[key]
+
+
+def plan_for(x, weight, geometry, dy, expected):
+    """The plan() for the share of values that will be used, None if that is not known."""
+    found = plan(x, weight, geometry, dy)
+    short = expected is not None and found.taps > 3 and found.list_values * expected < slabs.SHORT
+    return plan(x, weight, geometry, dy, short=True) if short else found
 
 
 def written_out(x, weight, geometry, dy, selection):
@@ -149,7 +151,8 @@ def _entries(x, weight, geometry, dy, selection, expected):
     if expected is not None and not skips(weight, geometry, expected) or geometry.groups > 1:
         return None, None
     start = time.perf_counter()
-    entries = core.compress(plan(x, weight, geometry, dy, expected), dy.array, **_arguments(selection, dy))
+    how = plan_for(x, weight, geometry, dy, expected)
+    entries = core.compress(how, dy.array, **_arguments(selection, dy))
     tell("compress", start, [dy], [])
     used = _used(dy, entries.nnz, entries.clipped, "gradient")
     return (entries, used) if skips(weight, geometry, used.density) else (None, None)
@@ -166,17 +169,15 @@ def backward(x, weight, geometry, dy, selection, halo=(0, 0), into=None, expecte
         out, used = written_out(x, weight, geometry, dy, selection)
         return ops.conv2d_backward(x, weight, None, geometry, out, halo, into), used
     full = weight if weight.structure.dense else weight.full()
-    _add_weight_gradient(entries, x, weight, full, dy)
-    base_dx = None
-    if selection.base is not None:
-        base_dx = _base_backward(x, full, geometry, selection.base, halo is not None)
+    base = _base(entries, x, weight, geometry, selection.base)
+    _add_weight_gradient(entries, x, weight, full, dy, base)
     if full is not weight:
         weight.collect()
     if halo is None:
         return None, used
     start = time.perf_counter()
     dx = x.like(halo) if into is None else into
-    core.slab_input_gradient(entries, full.data.reshape(-1), dx.array, into is not None, base_dx)
+    core.slab_input_gradient(entries, full.data.reshape(-1), dx.array, into is not None, base)
     tell("input gradient", start, [into], [dx], weight=weight, output=dy, entries=entries)
     return dx, used
 
@@ -195,26 +196,23 @@ def weight_gradient(x, weight, geometry, dy, selection, expected=None):
     return used
 
 
-def _add_weight_gradient(entries, x, weight, full, dy):
+def _add_weight_gradient(entries, x, weight, full, dy, base=None):
     start = time.perf_counter()
     grad, accumulate = full.gradient()
-    core.slab_weight_gradient(entries, x.array, grad.reshape(-1), accumulate)
+    core.slab_weight_gradient(entries, x.array, grad.reshape(-1), accumulate, base)
     tell("weight gradient", start, [x], [], weight=weight, output=dy, entries=entries)
 
 
-def _base_backward(x, weight, geometry, base, input_gradient):
-    """Adds to weight's gradient what every image has of the base; returns the base's dx (channels, height, width).
+def _base(entries, x, weight, geometry, base):
+    """The core.Base of a selection's base, or None.
 
-    Linear in both, it takes one image: the base with the sum of x (ReSprop's pre-computed parts).
+    What every image has of the base is linear in it, so one image is enough: the base with the sum of x (ReSprop's
+    pre-computed parts).
     """
-    total = np.empty(x.array.shape[1:4], x.dtype)
-    core.sum_images(x.array, x.n, total)
-    one_x, one_dy = arrays.pack(total[None]), arrays.pack(np.ascontiguousarray(base)[None])
-    plan_of_one = plan(one_x, weight, geometry, one_dy)
-    entries = core.compress(plan_of_one, one_dy.array, core.THRESHOLD)
-    core.slab_weight_gradient(entries, one_x.array, weight.grad.reshape(-1), True)
-    if not input_gradient:
+    if base is None:
         return None
-    dx = one_x.like()
-    core.slab_input_gradient(entries, weight.data.reshape(-1), dx.array)
-    return arrays.unpack(dx)[0]
+    start = time.perf_counter()
+    shapes = (1, *x.array.shape[1:4]), (1, *base.shape)
+    found = core.base(_plan(weight, geometry, x.dtype, *shapes, 1, entries.plan.short, 1), base, x.array, x.n)
+    tell("base", start, [x], [])
+    return found

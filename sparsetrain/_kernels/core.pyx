@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from cython cimport floating
+from cython cimport floating, no_gc
 from cython.parallel cimport prange, threadid
 from libc.math cimport sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
@@ -537,6 +537,7 @@ cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :,
     return a
 
 
+@no_gc  # else the collector would empty one that something in a cycle holds before that gives it back
 cdef class Buffer:
     """Aligned memory."""
     cdef:

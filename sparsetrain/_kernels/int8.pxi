@@ -145,7 +145,7 @@ def int8_input_gradient(Entries entries, const int8_t[::1] weights, double scale
     """dx[:] = (dx if accumulate) + scale times the entries times the weights (out, channels, taps)."""
     cdef:
         SlabPlan p = entries.plan
-        View[float] d = view(dx)  # OUT
+        View[float] d = view(dx), none  # OUT d
         const PackedEntry *e = <const PackedEntry *>entries.entries.data
         const int64_t *starts = <const int64_t *>entries.starts.data
         long n = p.spans * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
@@ -155,13 +155,14 @@ def int8_input_gradient(Entries entries, const int8_t[::1] weights, double scale
         int32_t *s = <int32_t *>slabs.data
         int32_t *w = <int32_t *>packed.data
         const int8_t *levels = &weights[0]
+    none.data = NULL
     fits[float](p, dx, None)
     check_dtype(entries, 1)
     same_length("weights", weights.shape[0], rows * p.s.channels * p.taps)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.int8_pack_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, levels, w)
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.int8_input_gradient(&p.s, d, scale, e, starts, i, w, 0, <const float *>NULL, accumulate, s + each * threadid())
+        kernels.int8_input_gradient(&p.s, d, scale, e, starts, i, w, 0, none, accumulate, s + each * threadid())
     give_back("parts", packed)
     give_back("slabs", slabs)
 

@@ -22,7 +22,7 @@ template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>, .pack_values = pack_values<T>,
     .spread_values = spread_values<T>, .collect_values = collect_values<T>,
     .compress = compress<T, Entry<T>>, .sparsify = sparsify<T>,
-    .sum_images = sum_images<T>, .remember = remember<T>, .square_norms = square_norms<T>,
+    .list_image = list_image<T>, .sum_images = sum_images<T>, .remember = remember<T>, .square_norms = square_norms<T>,
     .slab_weight_gradient = slab_weight_gradient<T>, .slab_input_gradient = slab_input_gradient<T>,
     .pack_slab_weights = pack_slab_weights<T, T>, .unpack_slab_weights = unpack_slab_weights<T>,
     .conv_band = conv_band<T>, .conv_band_backward = conv_band_backward<T>, .norm_gradient_sums = norm_gradient_sums<T>,

@@ -101,8 +101,9 @@ struct Slabs {
     long out_channels, out_height, out_width;
     long kernel[2], stride[2], padding[2], dilation[2];
     long width;           // channels side by side: 1, 2, 4 or 8 registers
+    long lanes;           // images of a block: 16, or 1 if x and the output gradient are one plain array (channels, height, width)
     long span;            // blocks in a slab
-    long group;           // images whose entries make a list: divides 16, or is 16 span
+    long group;           // images whose entries make a list: divides `lanes`, or is `lanes` span
     long bands;           // into which the output rows are cut
     long row, image;      // strides of rows and images in the slab
     long capacity;        // values of one plane (span x output channel); it has room for 16 entries more
@@ -161,13 +162,14 @@ template <class T> struct Kernels {
                      int64_t *clipped, Entry<T> *scratch);
     void (*sparsify)(const Slabs *, const Sparsifier<T> *, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
                      int64_t *clipped);
+    void (*list_image)(const Slabs *, const T *image, long begin, long end, Entry<T> *entries, int64_t *starts);
     void (*sum_images)(Shape, View<T> x, T *sums, long begin, long end);
     void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);
     void (*square_norms)(Shape, View<T> x, T *norms, long begin, long end);
     void (*slab_weight_gradient)(const Slabs *, View<T> x, const Entry<T> *entries, const int64_t *starts, long task, long parts,
                                  T *dw, long row, bool same_positions, T *slab);
     void (*slab_input_gradient)(const Slabs *, View<T> dx, const Entry<T> *entries, const int64_t *starts, long task,
-                                const T *weights, long row, const T *base, bool accumulate, T *slab);
+                                const T *weights, long row, View<T> base, bool accumulate, T *slab);
     void (*pack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed);
     void (*unpack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
                                 const T *packed, T *grad, bool accumulate);
@@ -241,7 +243,7 @@ struct Int8Kernels {
     void (*weight_gradient)(const Slabs *, View<int32_t> x, int zero, const PackedEntry *entries, const int64_t *starts,
                             long task, long parts, int32_t *dw, long row, int32_t *slab);
     void (*input_gradient)(const Slabs *, View<float> dx, float scale, const PackedEntry *entries, const int64_t *starts,
-                           long task, const int32_t *weights, long row, const float *base, bool accumulate, int32_t *slab);
+                           long task, const int32_t *weights, long row, View<float> base, bool accumulate, int32_t *slab);
     void (*pack_weights)(long begin, long end, long rows, long channels, long taps, long width, const int8_t *levels,
                          int32_t *packed);
     void (*unpack_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,

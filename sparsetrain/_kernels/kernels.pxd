@@ -94,7 +94,7 @@ cdef extern from "dispatch.hh" nogil:
         long stride[2]
         long padding[2]
         long dilation[2]
-        long width, span, group, bands, row, image, capacity
+        long width, lanes, span, group, bands, row, image, capacity
     cppclass Entry[T]:
         int32_t position
         T value
@@ -125,11 +125,12 @@ cdef extern from "dispatch.hh" nogil:
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
     void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int64_t *, int64_t *, Entry[T] *)
     void sparsify[T](const Slabs *, const Sparsifier[T] *, View[T], View[T], long, long, int64_t *, int64_t *)
+    void list_image[T](const Slabs *, const T *, long, long, Entry[T] *, int64_t *)
     void sum_images[T](Shape, View[T], T *, long, long)
     void remember[T](Shape, View[T], View[T], long, T, const T *, T *, long, long)
     void square_norms[T](Shape, View[T], T *, long, long)
     void slab_weight_gradient[T](const Slabs *, View[T], const Entry[T] *, const int64_t *, long, long, T *, long, bint, T *)
-    void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int64_t *, long, const T *, long, const T *,
+    void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int64_t *, long, const T *, long, View[T],
                                 bint, T *)
     void pack_slab_weights[T](long, long, long, long, long, long, const T *, T *)
     void unpack_slab_weights[T](long, long, long, long, long, long, long, long, const T *, T *, bint)
@@ -168,6 +169,6 @@ cdef extern from "dispatch.hh" nogil:
     void int8_weight_gradient(const Slabs *, View[int32_t], int, const PackedEntry *, const int64_t *, long, long, int32_t *, long,
                               int32_t *)
     void int8_input_gradient(const Slabs *, View[float], float, const PackedEntry *, const int64_t *, long, const int32_t *, long,
-                             const float *, bint, int32_t *)
+                             View[float], bint, int32_t *)
     void int8_pack_weights(long, long, long, long, long, long, const int8_t *, int32_t *)
     void int8_unpack_weights(long, long, long, long, long, long, long, long, const int32_t *, float, float *, bint)

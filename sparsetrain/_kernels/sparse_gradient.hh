@@ -199,7 +199,7 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
               int64_t *clipped, Entry<T> *scratch) {
     FlushToZero flush;
     const Slabs s = *slabs;  // a copy: what is written cannot change it
-    const long lists = s.bands * (s.span * IMAGES / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width;
+    const long lists = s.bands * (s.span * s.lanes / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width;
     const Ints lanes = LANES * (int32_t)s.image;
     // Side by side, although their number is not known: 8 % of the room for all values would be new lines every time.
     long n = begin * (s.capacity + IMAGES);
@@ -234,6 +234,29 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
             }
         }
         start[list] = n;
+    }
+}
+
+// The lists of what is not zero in an image (out_channels, out_height, out_width), for some output channels.
+template <class T>
+void list_image(const Slabs *slabs, const T *image, long begin, long end, Entry<T> *entries, int64_t *starts) {
+    FlushToZero flush;
+    const Slabs s = *slabs;
+    for (long channel = begin; channel < end; channel++) {
+        long n = channel * (s.capacity + IMAGES);
+        int64_t *start = starts + channel * (s.bands + 1);
+        const T *row = image + channel * s.out_height * s.out_width;
+        for (long band = 0; band < s.bands; band++) {
+            *start++ = n;
+            for (long r = 0; r < band_begin(s, band + 1) - band_begin(s, band); r++, row += s.out_width)
+                for (long c = 0; c < s.out_width; c += IMAGES) {
+                    Values<T> v = {};
+                    __builtin_memcpy(&v, row + c, (s.out_width - c < IMAGES ? s.out_width - c : IMAGES) * sizeof(T));
+                    v = v == 0 ? Values<T>{} : v;
+                    n += append(entries + n, v, (LANES + (int32_t)c) * (int32_t)(s.stride[1] * s.width) + (int32_t)(r * s.stride[0] * s.row));
+                }
+        }
+        *start = n;
     }
 }
 
@@ -351,20 +374,40 @@ template <class T> INLINE V<T> channel_of(const T *in, const View<T> &x, long ch
     else return load(in + channel * x.channel);
 }
 
+// A row of a plain image (channels, height, width) to a slab and back, `lanes` pixels at once; may read so many past its end.
+template <class T> INLINE void read_row(const Slabs &s, const T *in, long channel_step, long channels, T *out) {
+    constexpr int L = Vec<T>::lanes;
+    for (long c = 0; c < s.width; c += L)
+        for (long w = 0; w < s.in_width; w += L) {
+            V<T> v[L];
+            UNROLL for (int i = 0; i < L; i++) v[i] = c + i < channels ? load(in + (c + i) * channel_step + w) : V<T>{};
+            transpose<T>(v);
+            for (long i = 0; i < L && w + i < s.in_width; i++) store(out + (w + i + s.padding[1]) * s.width + c, v[i]);
+        }
+}
+template <class T> INLINE void write_row(const Slabs &s, const T *in, long channel_step, long channels, T *out) {
+    for (long c = 0; c < s.width && c < channels; c++)
+        for (long w = 0; w < s.in_width; w++) out[c * channel_step + w] = in[(w + s.padding[1]) * s.width + c];
+}
+
 // The slab of a band of x, channels from `channel` on. The last band's rows, and zero outside the image, are there.
 template <class T>
 INLINE void read_slab(const Slabs &s, View<T> x, int zero, long first, long blocks, long channel, long band, T *slab) {
     constexpr int L = Vec<T>::lanes;
     const long channels = s.channels - channel, top = first_row(s, band), rows = end_row(s, band) - top;
-    for (long r = band ? move_rows(s, band, blocks * IMAGES, slab) : 0; r < rows; r++) {
+    for (long r = band ? move_rows(s, band, blocks * s.lanes, slab) : 0; r < rows; r++) {
         const long h = top + r - s.padding[0];
         for (long b = 0; b < blocks; b++) {
-            T *out = slab + b * IMAGES * s.image + r * s.row;
+            T *out = slab + b * s.lanes * s.image + r * s.row;
             if (h < 0 || h >= s.height) {
-                for (long i = 0; i < IMAGES; i++) __builtin_memset(out + i * s.image, 0, s.row * sizeof(T));
+                for (long i = 0; i < s.lanes; i++) __builtin_memset(out + i * s.image, 0, s.row * sizeof(T));
                 continue;
             }
             const T *in = pixel_row(x, first + b, whole_numbers<T> ? channel / 4 : channel, h);
+            if (s.lanes == 1) {
+                read_row(s, in, x.channel, channels, out);
+                continue;
+            }
             for (long c = 0; c < s.width; c += L)
                 for (long w = 0; w < s.in_width; w++)
                     for (long lane = 0; lane < IMAGES; lane += L) {
@@ -378,10 +421,10 @@ INLINE void read_slab(const Slabs &s, View<T> x, int zero, long first, long bloc
     }
 }
 
-// The finished rows of a slab of dx, plus base (channels, height, width) if there is one, to dx.
+// The finished rows of a slab of dx, plus the plain image base if there is one, to dx.
 template <class T>
 INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long first, long blocks, long channel, long band, const T *slab,
-                       const Result<T> *base, bool accumulate) {
+                       View<Result<T>> base, bool accumulate) {
     typedef Result<T> R;
     constexpr int L = Vec<T>::lanes;
     const long channels = s.channels - channel, top = first_row(s, band), rows = final_row(s, band) - top;
@@ -389,8 +432,14 @@ INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long fir
         const long h = top + r - s.padding[0];
         if (h < 0 || h >= s.height) continue;
         for (long b = 0; b < blocks; b++) {
-            const T *in = slab + b * IMAGES * s.image + r * s.row;
+            const T *in = slab + b * s.lanes * s.image + r * s.row;
             R *out = pixel_row(dx, first + b, channel, h);
+            if constexpr (!whole_numbers<T>)
+                if (s.lanes == 1) {
+                    write_row(s, in, dx.channel, channels, out);
+                    continue;
+                }
+            const R *shared = base.data ? pixel_row(base, 0, channel, h) : nullptr;
             const Values<R> real = real_images<R>(first + b, s.images);
             for (long c = 0; c < s.width; c += L)
                 for (long w = 0; w < s.in_width; w++)
@@ -404,7 +453,7 @@ INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long fir
                             V<R> d;
                             if constexpr (whole_numbers<T>) d = __builtin_convertvector(v[i], V<R>) * scale;
                             else d = v[i];
-                            if (base) d += base[((channel + c + i) * s.height + h) * s.in_width + w] * load((const R *)&real + lane);
+                            if (shared) d += shared[(c + i) * base.channel + w] * load((const R *)&real + lane);
                             store(y, accumulate ? load(y) + d : d);
                         }
                     }
@@ -525,7 +574,7 @@ INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[M
 template <class T>
 INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int64_t *start, const T *slab, T *w, long size,
                      bool fresh) {
-    const long step = s.bands * (s.span * IMAGES / s.group) + 1;
+    const long step = s.bands * (s.span * s.lanes / s.group) + 1;
     constexpr int L = Vec<T>::lanes;
     int columns = s.dilation[1] > 1 ? 1 : s.kernel[1] < MAX_TAPS ? (int)s.kernel[1] : MAX_TAPS, log = __builtin_ctz((int)(s.width / L));
     while (columns > 1 && !has_taps(CHANNELS, columns, 1 << log)) columns--;
@@ -543,7 +592,7 @@ INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int6
 // Calls f(output channel, n, its entries) for each list of some images of a band. The next lists are fetched meanwhile.
 template <class E, class F>
 INLINE void for_lists(const Slabs &s, const E *entries, const int64_t *starts, long span, long list, F f) {
-    const long lists = s.bands * (s.span * IMAGES / s.group);
+    const long lists = s.bands * (s.span * s.lanes / s.group);
     for (long o = 0; o < s.out_channels; o++) {
         const long plane = span * s.out_channels + o;
         const int64_t *start = starts + plane * (lists + 1) + list;
@@ -569,11 +618,11 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
     bool fresh = true;
     for (long span = spans * part / parts; span < spans * (part + 1) / parts; span++) {
         const long first = span * s.span, blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
-        __builtin_memset(slab, 0, blocks * IMAGES * s.image * sizeof(T));
+        __builtin_memset(slab, 0, blocks * s.lanes * s.image * sizeof(T));
         for (long band = 0; band < s.bands; band++) {
             read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
-            for (long g = 0; g < s.span * IMAGES / s.group; g++, fresh = false)
-                for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g,
+            for (long g = 0; g < s.span * s.lanes / s.group; g++, fresh = false)
+                for_lists(s, entries, starts, span, band * (s.span * s.lanes / s.group) + g,
                           [&](long o, long n, const EntryOf<T> *e, const int64_t *start) {
                     if constexpr (!whole_numbers<T>)
                         if (o < together) {
@@ -596,22 +645,22 @@ void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries
 // One task: `width` channels of the blocks of one span. weights as dw above.
 template <class T>
 INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scale, const EntryOf<T> *entries, const int64_t *starts,
-                              long task, const T *weights, long row, const Result<T> *base, bool accumulate, T *slab) {
+                              long task, const T *weights, long row, View<Result<T>> base, bool accumulate, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
     const long spans = (s.blocks + s.span - 1) / s.span, group = task / spans, span = task % spans;
     const long first = span * s.span, blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
     const long taps = s.kernel[0] * s.kernel[1], size = row ? row : taps * s.width;
     weights += row ? group * s.width : group * s.out_channels * size;
-    __builtin_memset(slab, 0, blocks * IMAGES * s.image * sizeof(T));
+    __builtin_memset(slab, 0, blocks * s.lanes * s.image * sizeof(T));
     for (long band = 0; band < s.bands; band++) {
         if (band) {
-            const long shared = move_rows(s, band, blocks * IMAGES, slab);
-            for (long i = 0; i < blocks * IMAGES; i++)
+            const long shared = move_rows(s, band, blocks * s.lanes, slab);
+            for (long i = 0; i < blocks * s.lanes; i++)
                 __builtin_memset(slab + i * s.image + shared * s.row, 0, (s.image - shared * s.row) * sizeof(T));
         }
-        for (long g = 0; g < s.span * IMAGES / s.group; g++)
-            for_lists(s, entries, starts, span, band * (s.span * IMAGES / s.group) + g,
+        for (long g = 0; g < s.span * s.lanes / s.group; g++)
+            for_lists(s, entries, starts, span, band * (s.span * s.lanes / s.group) + g,
                       [&](long o, long n, const EntryOf<T> *e, const int64_t *) {
                 if (n) all_taps(s, tap_tiles<T>.input, n, e, slab, (T *)weights + o * size, false);
             });
@@ -621,7 +670,7 @@ INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scal
 
 template <class T>
 void slab_input_gradient(const Slabs *slabs, View<T> dx, const Entry<T> *entries, const int64_t *starts, long task, const T *weights,
-                         long row, const T *base, bool accumulate, T *slab) {
+                         long row, View<T> base, bool accumulate, T *slab) {
     input_gradient_of<T>(slabs, dx, 1, entries, starts, task, weights, row, base, accumulate, slab);
 }
 

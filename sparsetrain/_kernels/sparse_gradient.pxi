@@ -14,19 +14,21 @@ cdef class SlabPlan:
     cdef:
         Slabs s
         readonly long parts, lists, planes, channel_groups, spans, taps
+        readonly bint short
 
     def __init__(self, *, long blocks, long images, long channels, long height, long in_width, long out_channels,
-                 long out_height, long out_width, kernel, stride, padding, dilation, long width, long span, long group,
-                 long bands, long row, long image, long parts):
+                 long out_height, long out_width, kernel, stride, padding, dilation, long width, long lanes, long span,
+                 long group, long bands, long row, long image, long parts, bint short):
         cdef int i
         self.s.blocks, self.s.images, self.s.channels, self.s.height, self.s.in_width = blocks, images, channels, height, in_width
         self.s.out_channels, self.s.out_height, self.s.out_width = out_channels, out_height, out_width
         for i in range(2):
             self.s.kernel[i], self.s.stride[i] = kernel[i], stride[i]
             self.s.padding[i], self.s.dilation[i] = padding[i], dilation[i]
-        self.s.width, self.s.span, self.s.group, self.s.bands, self.s.row, self.s.image = width, span, group, bands, row, image
-        self.s.capacity = span * 16 * out_height * out_width
-        self.parts, self.lists = parts, bands * (span * 16 // group)
+        self.s.width, self.s.lanes, self.s.span, self.s.group = width, lanes, span, group
+        self.s.bands, self.s.row, self.s.image = bands, row, image
+        self.s.capacity = span * lanes * out_height * out_width
+        self.short, self.parts, self.lists = short, parts, bands * (span * lanes // group)
         self.spans = (blocks + span - 1) // span
         self.planes, self.channel_groups = self.spans * out_channels, (channels + width - 1) // width
         self.taps = self.s.kernel[0] * self.s.kernel[1]
@@ -40,7 +42,7 @@ cdef class SlabPlan:
 
     cdef long slab(self):
         """Elements of a slab."""
-        return self.s.span * 16 * self.s.image
+        return self.s.span * self.s.lanes * self.s.image
 
     cdef long weights(self):
         """Elements of the packed weights."""
@@ -57,6 +59,8 @@ cdef class SlabPlan:
 
 cdef int fits(SlabPlan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy) except -1:
     """ValueError unless the plan was made for arrays of these shapes, each None or not."""
+    if p.s.lanes != 16:
+        raise ValueError("the plan is that of one image")
     if x is not None and (x.shape[0], x.shape[1], x.shape[2], x.shape[3]) != (
             p.s.blocks, p.s.channels, p.s.height, p.s.in_width):
         raise ValueError("the plan was made for another shape of x")
@@ -226,18 +230,59 @@ def standard_deviation(floating[:, :, :, :, :] dy, long images, floating[::1] db
     return sqrt(squares) if not squares <= 0 else 0.
 
 
-def sum_images(floating[:, :, :, :, :] x, long images, floating[:, :, ::1] sums):
-    """sums[:] (channels, height, width) = the sum of x over the images."""
+cdef class Base(Entries):
+    """Entries of one image that stands for all, and the sum of what they read, a plain array. base() makes it."""
+    cdef Buffer total
+
+    def __dealloc__(self):
+        if self.total is not None:
+            give_back("total", self.total)
+
+    cdef void *values(self, SlabPlan plan, long size) except NULL:
+        """The sum, of values of so many bytes; ValueError unless the plan's packed weights can be shared."""
+        check_dtype(self, size)
+        if (self.plan.s.width, self.plan.s.out_channels, self.plan.s.channels, self.plan.taps) != (
+                plan.s.width, plan.s.out_channels, plan.s.channels, plan.taps):
+            raise ValueError("the plan of base was made for another layer")
+        return self.total.data
+
+
+cdef View[floating] plain(SlabPlan p, floating *data) noexcept:
+    """An array (channels, height, width) as a block of one image."""
+    cdef View[floating] v
+    v.data, v.block, v.channel, v.row = data, 0, p.s.height * p.s.in_width, p.s.in_width
+    return v
+
+
+def base(SlabPlan plan, const floating[:, :, ::1] image, floating[:, :, :, :, :] x, long images):
+    """The Base with the entries of an image of dy and the sum of x over its images."""
     cdef:
+        Base out = Base()
         Shape s = shape_of(x, images)
         View[floating] xv = view(x)
-        floating *out = &sums[0, 0, 0]  # OUT
-        long n = s.channels, c
+        long rows = plan.s.out_channels, n = s.channels, c
         int threads = team(n, size(s))
-        long chunks = chunks_of(n, threads)
-    same_length("sums", sums.shape[0] * sums.shape[1] * sums.shape[2], s.channels * s.height * s.width)
+        long chunks = chunks_of(n, threads), row_chunks = chunks_of(rows, threads)
+        const floating *values = &image[0, 0, 0]
+        floating *sums
+        Entry[floating] *e
+        int64_t *starts
+    if plan.s.lanes != 1:
+        raise ValueError("the plan is not that of one image")
+    if (image.shape[0], image.shape[1], image.shape[2]) != (rows, plan.s.out_height, plan.s.out_width):
+        raise ValueError("the plan was made for another shape of dy")
+    if (x.shape[1], x.shape[2], x.shape[3]) != (plan.s.channels, plan.s.height, plan.s.in_width):
+        raise ValueError("the plan was made for another shape of x")
+    out.make(plan, np.float32 if sizeof(floating) == 4 else np.float64, sizeof(Entry[floating]))
+    e, starts = <Entry[floating] *>out.entries.data, <int64_t *>out.starts.data
+    out.total = borrow("total", (n * s.height * s.width + 16) * sizeof(floating))  # read_row() reads past the end
+    sums = <floating *>out.total.data
+    for c in prange(row_chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.list_image(&plan.s, values, rows * c // row_chunks, rows * (c + 1) // row_chunks, e, starts)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.sum_images(s, xv, out, n * c // chunks, n * (c + 1) // chunks)
+        kernels.sum_images(s, xv, sums, n * c // chunks, n * (c + 1) // chunks)
+    out.count(np.zeros(rows, np.int64))
+    return out
 
 
 def remember(floating[:, :, :, :, :] m, floating[:, :, :, :, :] x, double scale, const floating[:, :, :, ::1] keep,
@@ -278,28 +323,31 @@ def square_norms(floating[:, :, :, :, :] x, floating[:, :, :, ::1] norms):
 
 
 def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:, :, :, :, :] dx, bint accumulate=False,
-                        const floating[:, :, ::1] base=None):
-    """dx[:] = (dx if accumulate) + the entries times the weights (out, channels, taps) + base, that of every image."""
+                        Base base=None):
+    """dx[:] = (dx if accumulate) + the entries times the weights (out, channels, taps).
+
+    What base gives times the weights is added to every image, and takes the place of the sum in base.
+    """
     cdef:
-        SlabPlan p = entries.plan
-        View[floating] d
+        SlabPlan p = entries.plan, bp = p if base is None else base.plan
+        View[floating] d, b, none
         const Entry[floating] *e = <const Entry[floating] *>entries.entries.data
+        const Entry[floating] *be
         const int64_t *starts = <const int64_t *>entries.starts.data
-        long n = p.spans * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
+        const int64_t *b_starts
+        long n = p.spans * p.channel_groups, i, each = max(p.slab(), bp.slab()), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads), row = p.s.channels if p.in_place() else 0
         Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
         floating *s = <floating *>slabs.data
         const floating *w = &weights[0]
-        const floating *b = NULL
         floating *packing
     fits[floating](p, dx, None)
     check_dtype(entries, sizeof(floating))
     same_length("weights", weights.shape[0], rows * p.s.channels * p.taps)
     d = view(dx)  # OUT
-    if base is not None:
-        same_length("base", base.shape[0] * base.shape[1] * base.shape[2], p.s.channels * p.s.height * p.s.in_width)
-        b = &base[0, 0, 0]
+    none.data = NULL
+    b = none
     if not row:
         packed = borrow("parts", p.weights() * sizeof(floating))
         packing = <floating *>packed.data
@@ -307,6 +355,11 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
             kernels.pack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, w,
                                       packing)
         w = packing
+    if base is not None:
+        b = plain[floating](bp, <floating *>base.values(p, sizeof(floating)))
+        be, b_starts = <const Entry[floating] *>base.entries.data, <const int64_t *>base.starts.data
+        for i in prange(bp.channel_groups, nogil=True, num_threads=threads, schedule="dynamic"):
+            kernels.slab_input_gradient(&bp.s, b, be, b_starts, i, w, row, none, False, s + each * threadid())
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.slab_input_gradient(&p.s, d, e, starts, i, w, row, b, accumulate, s + each * threadid())
     if not row:
@@ -314,17 +367,20 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
     give_back("slabs", slabs)
 
 
-def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::1] grad, bint accumulate):
-    """grad[:] (out, channels, taps) = (grad if accumulate) + the entries times x."""
+def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::1] grad, bint accumulate, Base base=None):
+    """grad[:] (out, channels, taps) = (grad if accumulate) + the entries times x + those of base times its sum."""
     cdef:
-        SlabPlan p = entries.plan
-        View[floating] xv
+        SlabPlan p = entries.plan, bp = p if base is None else base.plan
+        View[floating] xv, bv
         const Entry[floating] *e = <const Entry[floating] *>entries.entries.data
+        const Entry[floating] *be = NULL
         const int64_t *starts = <const int64_t *>entries.starts.data
-        long parts = p.parts, n = parts * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
+        const int64_t *b_starts = NULL
+        long parts = p.parts, sums = parts + (base is not None), n = sums * p.channel_groups, i
+        long each = max(p.slab(), bp.slab()), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads)
-        bint same_positions = entries.same_positions, direct = p.in_place() and not accumulate and parts == 1
+        bint same_positions = entries.same_positions, direct = p.in_place() and not accumulate and sums == 1
         long row = p.s.channels if direct else 0, values = p.weights()
         Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
         floating *s = <floating *>slabs.data
@@ -332,18 +388,25 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         floating *out = &grad[0]  # OUT
     fits[floating](p, x, None)
     check_dtype(entries, sizeof(floating))
-    xv = view(x)
+    xv = bv = view(x)
+    if base is not None:
+        bv = plain[floating](bp, <floating *>base.values(p, sizeof(floating)))
+        be, b_starts = <const Entry[floating] *>base.entries.data, <const int64_t *>base.starts.data
     same_length("grad", grad.shape[0], rows * p.s.channels * p.taps)
     dw = out
     if not direct:
-        packed = borrow("parts", parts * values * sizeof(floating))
+        packed = borrow("parts", sums * values * sizeof(floating))
         dw = <floating *>packed.data
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.slab_weight_gradient(&p.s, xv, e, starts, i, parts, dw + i % parts * values, row, same_positions,
-                                     s + each * threadid())
+        if i % sums < parts:
+            kernels.slab_weight_gradient(&p.s, xv, e, starts, i // sums * parts + i % sums, parts, dw + i % sums * values, row,
+                                         same_positions, s + each * threadid())
+        else:
+            kernels.slab_weight_gradient(&bp.s, bv, be, b_starts, i // sums, 1, dw + parts * values, row, False,
+                                         s + each * threadid())
     if not direct:
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-            kernels.unpack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, parts,
+            kernels.unpack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, sums,
                                         values, dw, out, accumulate)
         give_back("parts", packed)
     give_back("slabs", slabs)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsetrain import arrays, checks, sparse_gradient
+from sparsetrain._kernels import core
 from sparsetrain.backprop.method import Method
 
 FIRST_THRESHOLD = 1e-7
@@ -75,6 +76,7 @@ class ReSprop(Method):
             target = self.target(layer.epoch)
             factor = 0.5 if used.density < target else 2.0 if used.density > target else 1.0
             layer.state["threshold"] = max(LEAST_THRESHOLD, float(layer.state["threshold"]) * factor)
-        image = int(layer.random().integers(dy.n))
-        layer.state["base"] = dy.array[image // arrays.IMAGES, ..., image % arrays.IMAGES].copy()
+        block, lane = divmod(int(layer.random().integers(dy.n)), arrays.IMAGES)
+        base = layer.state["base"] = np.empty(dy.array.shape[1:4], dy.dtype)
+        core.from_blocked(dy.array[block : block + 1, ..., lane:], base[None])
         layer.state["images"] = dy.n

@@ -7,6 +7,7 @@ import pytest
 
 import sparsetrain as st
 from backward_passes import KINDS, Passes, close
+from sparsetrain import arrays
 from sparsetrain.backprop import ReSprop
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +162,7 @@ def test_the_threshold_doubles_while_too_much_is_used_and_halves_after():
 def test_the_threshold_stays_where_the_target_is_met():
     passes = begun("linear")
     passes.state["threshold"] = 0.25
-    method, dy = passes.method, SimpleNamespace(n=1, array=np.zeros((1, 5, 1, 1, 16), np.float32))
+    method, dy = passes.method, arrays.pack(np.zeros((1, 5), np.float32))
     for more, expected in ((0.0, 0.25), (1e-9, 0.5), (-1e-9, 0.25)):
         method.after(passes.layer, dy, SimpleNamespace(density=method.target(0) + more))
         assert passes.state["threshold"] == expected

@@ -3,7 +3,9 @@
 Operands are small integers where they can be, so that every sum is exact in whatever order it is formed.
 """
 
+import gc
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -98,7 +100,7 @@ def operands(conv, dtype):
     return integers(shapes[0], dtype, 1), integers(shapes[1], dtype, 2), w
 
 
-def planned(conv, dtype, l1=L1):
+def planned(conv, dtype, l1=L1, lanes=IMAGES):
     """The SlabPlan of a layer, and the arguments that it was made with."""
     arguments, make = {}, core.SlabPlan
 
@@ -109,7 +111,8 @@ def planned(conv, dtype, l1=L1):
     blocks = -(-conv.n // IMAGES)
     shapes = (blocks, conv.in_channels, *conv.size), (blocks, conv.out_channels, *output(conv))
     with mock.patch.object(slabs, "L1_BYTES", l1 or L1), mock.patch.object(core, "SlabPlan", remember):
-        plan = slabs.plan(shapes[0], np.dtype(dtype), shapes[1], conv.n, conv.kernel, geometry(conv), short=l1 is SHORT)
+        options = {"short": l1 is SHORT, "lanes": lanes}
+        plan = slabs.plan(shapes[0], np.dtype(dtype), shapes[1], conv.n, conv.kernel, geometry(conv), **options)
     return plan, arguments
 
 
@@ -287,12 +290,12 @@ def test_any_thread_count_and_instruction_set_gives_the_same_lists(kind):
 # ---- products
 
 
-def weight_gradient(entries, x, size, dtype):
+def weight_gradient(entries, x, size, dtype, *base):
     """dw, written over NaN; adding it once more must double it."""
     grad = np.full(size, np.nan, dtype)
-    core.slab_weight_gradient(entries, x.array, grad, False)
+    core.slab_weight_gradient(entries, x.array, grad, False, *base)
     twice = grad.copy()
-    core.slab_weight_gradient(entries, x.array, twice, True)
+    core.slab_weight_gradient(entries, x.array, twice, True, *base)
     np.testing.assert_array_equal(twice, 2 * grad)
     return grad
 
@@ -304,15 +307,24 @@ def check(conv, l1, dtype):
     g, a = arrays.pack(dy), activation(x)
     plan, _ = planned(conv, dtype, l1)
     entries = core.compress(plan, g.array, core.THRESHOLD)
-    dx, dw, _ = ref.conv2d_backward(dy, x, w, **{k: v for k, v in conv.geometry.items() if k != "groups"})
+    geometry = {k: v for k, v in conv.geometry.items() if k != "groups"}
+    dx, dw, _ = ref.conv2d_backward(dy, x, w, **geometry)
     np.testing.assert_array_equal(weight_gradient(entries, a, w.size, dtype), dw.reshape(-1))
-    base = integers(x.shape[1:], dtype, 7)
-    for add in (None, base):
-        extra = 0 if add is None else base
-        once = written(a, lambda out, add=add: core.slab_input_gradient(entries, w.reshape(-1), out, False, add), 0)
+    # with a base: that of one more image, whose dx every image gets
+    image = integers((1, *dy.shape[1:]), dtype, 7)
+    base_dx, base_dw, _ = ref.conv2d_backward(image, x.sum(0, keepdims=True), w, **geometry)
+    one = planned(replace(conv, n=1), dtype, l1, lanes=1)[0]
+
+    def base():
+        return core.base(one, image[0], a.array, conv.n)
+
+    assert base().nnz == np.count_nonzero(image)
+    np.testing.assert_array_equal(weight_gradient(entries, a, w.size, dtype, base()), (dw + base_dw).reshape(-1))
+    for add, extra in ((lambda: None, 0), (base, base_dx)):
+        once = written(a, lambda y, add=add: core.slab_input_gradient(entries, w.reshape(-1), y, False, add()), 0)
         np.testing.assert_array_equal(once, dx + extra)
         into = arrays.pack(x, (1, 1))
-        core.slab_input_gradient(entries, w.reshape(-1), into.array, True, add)
+        core.slab_input_gradient(entries, w.reshape(-1), into.array, True, add())
         np.testing.assert_array_equal(arrays.unpack(into), x + dx + extra)
 
 
@@ -399,6 +411,16 @@ def test_what_is_not_finite_shows_in_both_products(value, isa):
     assert np.isfinite(dw.reshape(w.shape)).all((1, 2, 3)).tolist() == [True, True, False]
 
 
+def test_memory_of_entries_in_a_cycle_can_be_used_again():
+    conv = CASES["batch of 1"][0]
+    plan, g = planned(conv, np.float32)[0], arrays.pack(operands(conv, np.float32)[1])
+    for _ in range(3):
+        cycle, other = SimpleNamespace(), SimpleNamespace()
+        cycle.entries, cycle.other, other.cycle = core.compress(plan, g.array, core.THRESHOLD), other, cycle
+        del cycle, other
+        gc.collect()
+
+
 def test_arguments_that_do_not_fit():
     conv = CASES["batch of 1"][0]
     x, dy, w = operands(conv, np.float32)
@@ -406,6 +428,9 @@ def test_arguments_that_do_not_fit():
     a, g = arrays.pack(x), arrays.pack(dy)
     entries = core.compress(plan, g.array, core.THRESHOLD)
     double, one = arrays.pack(x.astype(np.float64)), np.zeros(1, np.float32)
+    of_one, wide = planned(conv, np.float32, lanes=1)[0], planned(replace(conv, in_channels=40), np.float32, lanes=1)[0]
+    wide_x = arrays.pack(np.ones((1, 40, *conv.size), np.float32)).array
+    other = core.base(wide, dy[0], wide_x, 1)
     runs = [
         (lambda: core.compress(plan, a.array, core.THRESHOLD), ValueError, "another shape of dy"),
         (lambda: core.compress(plan, g.array, core.THRESHOLD, base=x[0]), ValueError, "base must"),
@@ -414,7 +439,20 @@ def test_arguments_that_do_not_fit():
         (lambda: core.slab_weight_gradient(entries, g.array, w.reshape(-1), False), ValueError, "another shape of x"),
         (lambda: core.slab_weight_gradient(entries, a.array, one, False), ValueError, "grad has 1"),
         (lambda: core.slab_input_gradient(entries, one, a.array), ValueError, "weights has 1"),
-        (lambda: core.slab_input_gradient(entries, w.reshape(-1), a.array, False, dy[0]), ValueError, "base has"),
+        (
+            lambda: core.slab_input_gradient(entries, w.reshape(-1), a.array, False, other),
+            ValueError,
+            "another layer",
+        ),
+        (
+            lambda: core.slab_weight_gradient(entries, a.array, w.reshape(-1), False, other),
+            ValueError,
+            "another layer",
+        ),
+        (lambda: core.base(plan, dy[0], a.array, 1), ValueError, "not that of one image"),
+        (lambda: core.base(of_one, dy[0, 1:], a.array, 1), ValueError, "another shape of dy"),
+        (lambda: core.base(of_one, dy[0], wide_x, 1), ValueError, "another shape of x"),
+        (lambda: core.compress(of_one, g.array, core.THRESHOLD), ValueError, "that of one image"),
         (lambda: core.slab_weight_gradient(entries, double.array, np.zeros(w.size), False), TypeError, "float32"),
     ]
     for run, error, message in runs:
@@ -471,15 +509,6 @@ def test_standard_deviation_and_bias_gradient_in_one_pass(shape, accumulate, dty
     assert deviation == core.standard_deviation(dy.array, len(x)) == pytest.approx(x.std(dtype=float), rel=1e-5)
 
 
-@pytest.mark.parametrize("n", [1, 16, 35])
-@DTYPES
-def test_sum_images(n, dtype, isa, threads):
-    x = integers((n, 5, 6, 7), dtype)
-    sums = np.full(x.shape[1:], np.nan, dtype)
-    core.sum_images(activation(x).array, n, sums)
-    np.testing.assert_array_equal(sums, x.sum(0))
-
-
 def of_rows(norms, n):
     """(n, height, width) of an array of rows (blocks, height, width, 16)."""
     return np.moveaxis(norms, 3, 1).reshape(-1, *norms.shape[1:3])[:n]
@@ -512,7 +541,7 @@ def test_square_norms(shape, dtype, isa, threads):
 def test_the_plan_is_that_for_short_lists_where_few_values_are_used():
     layer = nn.Conv2d(64, 4, 3, stride=2, padding=1)
     x, dy = (arrays.pack(np.ones(shape, np.float32)) for shape in ((16, 64, 28, 28), (16, 4, 14, 14)))
-    made = [sparse_gradient.plan(x, layer.weight, layer.geometry, dy, e) for e in (None, 0.5, 0.001, 0.5, 0.001)]
+    made = [sparse_gradient.plan_for(x, layer.weight, layer.geometry, dy, e) for e in (None, 0.5, 0.001, 0.5, 0.001)]
     assert made[0] is made[1] is made[3] and made[2] is made[4]
     assert made[0].list_values * 0.5 > slabs.SHORT > made[0].list_values * 0.001
     assert made[2].width == core.vector_lanes(np.float32) < made[0].width
