@@ -56,7 +56,7 @@ def above(thresholds, base=None):
 
 
 def chosen(mask):
-    """Values times those of mask (blocks, height, width, 16): all channels of some pixels of some images."""
+    """All channels of the pixels of images where mask (blocks, height, width, 16) is not 0."""
     return Selection(chosen=mask)
 
 

@@ -23,7 +23,7 @@ cdef extern from "placement.hh":
 
 from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport (
-    Bands, BatchNorm, Build, Entry, PackedEntry, Product, Segment, Shape, Slabs, Sparsifier, View, Windows,
+    Bands, BatchNorm, Build, Entry, PackedEntry, Place, Product, Segment, Shape, Slabs, Sparsifier, View, Windows,
 )
 
 

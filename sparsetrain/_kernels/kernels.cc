@@ -22,6 +22,7 @@ template <class T> constexpr Kernels<T> kernels = {
     .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>, .pack_values = pack_values<T>,
     .spread_values = spread_values<T>, .collect_values = collect_values<T>,
     .compress = compress<T, Entry<T>>, .sparsify = sparsify<T>,
+    .find_places = find_places<T>, .gather_places = gather_places<T>,
     .list_image = list_image<T>, .sum_images = sum_images<T>, .remember = remember<T>, .square_norms = square_norms<T>,
     .slab_weight_gradient = slab_weight_gradient<T>, .slab_input_gradient = slab_input_gradient<T>,
     .pack_slab_weights = pack_slab_weights<T, T>, .unpack_slab_weights = unpack_slab_weights<T>,

@@ -112,6 +112,10 @@ template <class T> struct Entry {
     int32_t position;  // in the slab, of the value of x that the first tap meets
     T value;
 };
+struct Place {  // of a value that is chosen
+    int64_t source;    // from the first value of its channel in a span of dy
+    int32_t position;  // in the slab
+};
 struct PackedEntry {  // the same of a value from -127 to 127
     int32_t bits;  // 256 position + value's low byte
 };
@@ -123,7 +127,8 @@ template <class T> struct Sparsifier {
     T step, unit;
     long limit;
     uint64_t seed;
-    // THRESHOLD: value - base times chosen where its magnitude is above the image's threshold; any may be null
+    // THRESHOLD: value - base where its magnitude is above the image's threshold, or value where chosen is not 0; any may be
+    // null
     const T *base;        // (channels, height, width)
     const T *chosen;      // (blocks, height, width, 16)
     const T *thresholds;  // (blocks, 16)
@@ -162,6 +167,9 @@ template <class T> struct Kernels {
                      int64_t *clipped, Entry<T> *scratch);
     void (*sparsify)(const Slabs *, const Sparsifier<T> *, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
                      int64_t *clipped);
+    void (*find_places)(const Slabs *, View<T> dy, const T *chosen, long begin, long end, Place *places, int64_t *starts);
+    void (*gather_places)(const Slabs *, View<T> dy, const Place *places, const int64_t *place_starts, long begin, long end,
+                          Entry<T> *entries, int64_t *starts);
     void (*list_image)(const Slabs *, const T *image, long begin, long end, Entry<T> *entries, int64_t *starts);
     void (*sum_images)(Shape, View<T> x, T *sums, long begin, long end);
     void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);

@@ -95,6 +95,9 @@ cdef extern from "dispatch.hh" nogil:
         long padding[2]
         long dilation[2]
         long width, lanes, span, group, bands, row, image, capacity
+    ctypedef struct Place:
+        int64_t source
+        int32_t position
     cppclass Entry[T]:
         int32_t position
         T value
@@ -125,6 +128,8 @@ cdef extern from "dispatch.hh" nogil:
     void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
     void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int64_t *, int64_t *, Entry[T] *)
     void sparsify[T](const Slabs *, const Sparsifier[T] *, View[T], View[T], long, long, int64_t *, int64_t *)
+    void find_places[T](const Slabs *, View[T], const T *, long, long, Place *, int64_t *)
+    void gather_places[T](const Slabs *, View[T], const Place *, const int64_t *, long, long, Entry[T] *, int64_t *)
     void list_image[T](const Slabs *, const T *, long, long, Entry[T] *, int64_t *)
     void sum_images[T](Shape, View[T], T *, long, long)
     void remember[T](Shape, View[T], View[T], long, T, const T *, T *, long, long)

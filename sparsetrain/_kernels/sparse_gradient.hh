@@ -50,7 +50,7 @@ template <class T> INLINE Values<T> real_images(long block, long images) {
 }
 
 // Calls f(row, column, the 16 values that are used) for the pixels of some rows of a channel; returns how many were clipped.
-// +0 is not used. Where pixels are chosen a zero among them is -0, so that all channels use the same ones.
+// +0 is not used; where pixels are chosen a zero among them is -0.
 template <class T, class F>
 INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, long block, long channel, long begin, long end, F f) {
     const long width = s.out_width, first = channel * s.out_height * width;
@@ -90,14 +90,12 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
         const T *base = how.base ? how.base + first + r * width : nullptr;
         for (long c = 0; c < width; c++) {
             Values<T> v = *(const Values<T> *)(g + c * IMAGES);
-            if (base) v -= base[c] * real;
             if (chosen) {
-                const Values<T> factor = *(const Values<T> *)(chosen + c * IMAGES);
-                v *= factor;
                 v = v == 0 ? -Values<T>{} : v;
-                f(r, c, factor == 0 ? Values<T>{} : v);
+                f(r, c, *(const Values<T> *)(chosen + c * IMAGES) == 0 ? Values<T>{} : v);
                 continue;
             }
+            if (base) v -= base[c] * real;
             f(r, c, (v <= threshold) & (v >= -threshold) ? Values<T>{} : v);  // NaN is used: it must show
         }
     }
@@ -234,6 +232,60 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
             }
         }
         start[list] = n;
+    }
+}
+
+// Where the values of the chosen pixels of some spans are in dy, and in the slab: the same for all output channels. Image
+// after image, starts[span][list] as in compress().
+template <class T>
+void find_places(const Slabs *slabs, View<T> dy, const T *chosen, long begin, long end, Place *places, int64_t *starts) {
+    const Slabs s = *slabs;
+    const long lists = s.bands * (s.span * s.lanes / s.group);
+    for (long span = begin; span < end; span++) {
+        const long first = span * s.span;
+        Place *out = places + span * (s.capacity + 1);
+        int64_t *start = starts + span * (lists + 1);
+        long n = 0;
+        for (long band = 0; band < s.bands; band++) {
+            const long top = band_begin(s, band), bottom = band_begin(s, band + 1);
+            for (long image = 0; image < s.span * IMAGES; image++) {
+                if (image % s.group == 0) *start++ = n;
+                const long b = image / IMAGES, lane = image % IMAGES;
+                if (first + b >= s.blocks) continue;
+                for (long r = top; r < bottom; r++) {
+                    const T *mask = chosen + ((first + b) * s.out_height + r) * s.out_width * IMAGES + lane;
+                    const long source = b * dy.block + r * dy.row + lane;
+                    const long position = image * s.image + (r - top) * s.stride[0] * s.row;
+                    for (long c = 0; c < s.out_width; c++) {
+                        out[n] = {source + c * IMAGES, (int32_t)(position + c * s.stride[1] * s.width)};
+                        n += mask[c * IMAGES] != 0;
+                    }
+                }
+            }
+        }
+        *start = n;
+    }
+}
+
+// compress() of the values at these places, zero or not.
+template <class T>
+void gather_places(const Slabs *slabs, View<T> dy, const Place *places, const int64_t *place_starts, long begin, long end,
+                   Entry<T> *entries, int64_t *starts) {
+    const Slabs s = *slabs;
+    const long lists = s.bands * (s.span * s.lanes / s.group);
+    long n = begin * (s.capacity + IMAGES);
+    for (long plane = begin; plane < end; plane++) {
+        const long span = plane / s.out_channels;
+        const T *g = pixel_row(dy, span * s.span, plane % s.out_channels, 0);
+        // The images come one by one, each of which meets all lines: they are fetched once, in the order in which they lie.
+        for (long b = 0; b < s.span && span * s.span + b < s.blocks; b++)
+            for (long r = 0; r < s.out_height; r++)
+                for (long c = 0; c < s.out_width; c++) __builtin_prefetch(g + b * dy.block + r * dy.row + c * IMAGES);
+        const Place *place = places + span * (s.capacity + 1);
+        const int64_t *from = place_starts + span * (lists + 1);
+        for (long list = 0; list <= lists; list++) starts[plane * (lists + 1) + list] = n + from[list];
+        for (long k = 0; k < from[lists]; k++) entries[n + k] = {place[k].position, g[place[k].source]};
+        n += from[lists];
     }
 }
 

@@ -140,6 +140,8 @@ cdef Sparsifier[floating] sparsifier(SlabPlan p, int kind, double step, long lim
             raise ValueError("base must have the shape of one image of dy")
         how.base = &base[0, 0, 0]
     if chosen is not None:
+        if base is not None or thresholds is not None:
+            raise ValueError("chosen goes without base and thresholds")
         if (chosen.shape[0], chosen.shape[1], chosen.shape[2], chosen.shape[3]) != (
                 p.s.blocks, p.s.out_height, p.s.out_width, 16):
             raise ValueError("chosen must have the shape (blocks, height, width, 16) of dy")
@@ -148,6 +150,30 @@ cdef Sparsifier[floating] sparsifier(SlabPlan p, int kind, double step, long lim
         same_length("thresholds", thresholds.shape[0] * thresholds.shape[1], 16 * p.s.blocks)
         how.thresholds = &thresholds[0, 0]
     return how
+
+
+cdef int gather(Entries out, View[floating] dy, const floating *chosen) except -1:
+    """Fill the Entries with the values of dy at the chosen pixels."""
+    cdef:
+        SlabPlan p = out.plan
+        Entry[floating] *e = <Entry[floating] *>out.entries.data
+        int64_t *starts = <int64_t *>out.starts.data
+        Buffer places = borrow("places", p.spans * (p.s.capacity + 1) * sizeof(Place))
+        Buffer firsts = borrow("starts of places", p.spans * (p.lists + 1) * sizeof(int64_t))
+        Place *place = <Place *>places.data
+        int64_t *first = <int64_t *>firsts.data
+        long n = p.planes, c
+        int threads = team(n, 2. * n * p.s.capacity)
+        long spans = chunks_of(p.spans, threads), chunks = chunks_of(n, threads)
+    out.same_positions = True
+    for c in prange(spans, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.find_places(&p.s, dy, chosen, p.spans * c // spans, p.spans * (c + 1) // spans, place, first)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.gather_places(&p.s, dy, place, first, n * c // chunks, n * (c + 1) // chunks, e, starts)
+    give_back("places", places)
+    give_back("starts of places", firsts)
+    out.count(np.zeros(n, np.int64))
+    return 0
 
 
 def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0, long limit=0, uint64_t seed=0,
@@ -163,14 +189,18 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
         int threads = team(n, 2. * n * plan.s.capacity)
         long chunks = chunks_of(n, threads)
         long each = plan.s.capacity // plan.s.span + 16
-        Buffer scratch = borrow("scratch", each * threads * sizeof(Entry[floating]))
-        Entry[floating] *s = <Entry[floating] *>scratch.data
+        Buffer scratch
+        Entry[floating] *s
         Entry[floating] *e
         int64_t *starts
         int64_t[::1] clipped = np.empty(n, np.int64)
         int64_t *clips = &clipped[0]
     out.make(plan, np.float32 if sizeof(floating) == 4 else np.float64, sizeof(Entry[floating]))
-    out.same_positions = chosen is not None
+    if chosen is not None:
+        gather[floating](out, g, how.chosen)
+        return out
+    scratch = borrow("scratch", each * threads * sizeof(Entry[floating]))
+    s = <Entry[floating] *>scratch.data
     e, starts = <Entry[floating] *>out.entries.data, <int64_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
