@@ -380,23 +380,16 @@ void remember(Shape s, View<T> m, View<T> x, long step, T scale, const T *keep, 
 
 // norms (blocks, height, width, 16) += the sums over the channels of x x, for the pixel rows [begin, end) of all blocks
 template <class T> void square_norms(Shape s, View<T> x, T *norms, long begin, long end) {
-    constexpr long AT_ONCE = 4;  // pixels: 256 bytes of each channel
     FlushToZero flush;
     for (long row = begin; row < end; row++) {
-        const T *xr = pixel_row(x, row / s.height, 0, row % s.height);
-        for (long w = 0; w < s.width; w += AT_ONCE) {
-            const long n = s.width - w < AT_ONCE ? s.width - w : AT_ONCE;
-            Values<T> total[AT_ONCE] = {};
-            for (long c = 0; c < s.channels; c++) {
-                const T *p = xr + c * x.channel + w * IMAGES;
-                __builtin_prefetch(p + 8 * x.channel);
-                for (long i = 0; i < n; i++) {
-                    const Values<T> v = *(const Values<T> *)(p + i * IMAGES);
-                    total[i] += v * v;
-                }
+        const T *in = pixel_row(x, row / s.height, 0, row % s.height);
+        T *norm = norms + row * s.width * IMAGES;
+        for (long c = 0; c < s.channels; c++, in += x.channel)
+            for (long i = 0; i < s.width * IMAGES; i += IMAGES) {
+                __builtin_prefetch(in + x.channel + i);
+                const Values<T> v = *(const Values<T> *)(in + i);
+                *(Values<T> *)(norm + i) += v * v;
             }
-            for (long i = 0; i < n; i++) *(Values<T> *)(norms + (row * s.width + w + i) * IMAGES) += total[i];
-        }
     }
 }
 
