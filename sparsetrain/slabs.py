@@ -11,10 +11,11 @@ from sparsetrain._kernels import core
 # 160 KB, 64 and 96 were best at 92 and 98 % zeros (64 channels at 56x56, 256 at 14x14, 512 at 7x7); 72 gives each its
 # better group.
 L1_BYTES = 72 << 10
-# Lists of fewer entries than SHORT are better made of more images, with a register of channels instead of two: 6 to
-# 20 % faster at 98 % zeros, 2 to 4 % at 92 % with stride 2 (the layers above, 128 -> 256 channels at 28x28 and
-# others).
-SHORT, SHORT_BYTES = 8, 160 << 10
+# Lists that load and store the taps for fewer products of a register than SHORT are better made of more images, and
+# with 3x3 taps from one register of channels instead of two: 6 to 20 % faster at 98 % zeros, 2 to 4 % at 92 % with
+# stride 2 (the layers above, 128 -> 256 channels at 28x28 and others); 1x1: 7 to 20 % at 98 %, 6 to 13 % at 92 %;
+# linear layers, batch 512: 28 and 20 %.
+SHORT, SHORT_BYTES = 144, 160 << 10
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
 
@@ -28,10 +29,16 @@ def _vectors(channels, taps, lanes, short):
     return most
 
 
+def is_short(plan, share, dtype):
+    """Whether the lists of a plan are shorter than SHORT where that share of values is used."""
+    registers = plan.taps * plan.width / core.vector_lanes(dtype)
+    return plan.list_values * share * registers < SHORT
+
+
 def plan(x_shape, dtype, dy_shape, images, kernel, geometry, most=None, short=False, lanes=arrays.IMAGES):
     """The SlabPlan for blocked shapes of x and dy (blocks, channels, height, width, 16). geometry.groups must be 1.
 
-    short: whether lists will have fewer entries than SHORT. lanes: 1 for a plain image alone. most: how many products
+    short: whether lists will be short, see is_short(). lanes: 1 for a plain image alone. most: how many products
     a sum of the weight gradient may have before it is added to others; None if that is not possible.
     """
     blocks, channels, height, width = x_shape[:4]

@@ -113,7 +113,7 @@ def _plan(weight, geometry, dtype, x_shape, dy_shape, images, short, lanes=array
 def plan_for(x, weight, geometry, dy, expected):
     """The plan() for the share of values that will be used, None if that is not known."""
     found = plan(x, weight, geometry, dy)
-    short = expected is not None and found.taps > 3 and found.list_values * expected < slabs.SHORT
+    short = expected is not None and slabs.is_short(found, expected, x.dtype)
     return plan(x, weight, geometry, dy, short=True) if short else found
 
 
