@@ -22,7 +22,6 @@ from sparsetrain.sparse import Structure
 QUAD = 4  # channels whose bytes lie side by side
 MOST_WEIGHT, MOST_LEVELS = 127, 255
 MOST_PRODUCTS = (2**31 - 1) // (MOST_WEIGHT * MOST_LEVELS)  # whose sum fits 32 bits for sure
-MOST_POSITION = 2**23  # of an entry, which shares 32 bits with its value
 
 
 class Quantized:
@@ -224,7 +223,7 @@ def _plan(x, weight, geometry, dy):
     kept = weight.structure.plans
     if key not in kept:
         plan = slabs.plan(shape, x.dtype, dy.array.shape, x.n, (*weight.shape, 1, 1)[2:4], geometry, MOST_PRODUCTS)
-        kept[key] = plan if plan is not None and plan.positions <= MOST_POSITION else None
+        kept[key] = plan if plan is not None and plan.positions <= slabs.MOST_POSITION else None
     return kept[key]
 
 

@@ -16,6 +16,7 @@ L1_BYTES = 72 << 10
 # stride 2 (the layers above, 128 -> 256 channels at 28x28 and others); 1x1: 7 to 20 % at 98 %, 6 to 13 % at 92 %;
 # linear layers, batch 512: 28 and 20 %.
 SHORT, SHORT_BYTES = 144, 160 << 10
+MOST_POSITION = 1 << 23  # in a slab, of entries that hold a value of 8 bits in the same 32
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
 

@@ -152,7 +152,10 @@ def _entries(x, weight, geometry, dy, selection, expected):
         return None, None
     start = time.perf_counter()
     how = plan_for(x, weight, geometry, dy, expected)
-    entries = core.compress(how, dy.array, **_arguments(selection, dy))
+    if 0 < selection.limit < 128 and dy.dtype == np.float32 and how.positions <= slabs.MOST_POSITION:
+        entries = core.int8_compress(how, dy.array, selection.step, selection.limit, selection.seed)
+    else:
+        entries = core.compress(how, dy.array, **_arguments(selection, dy))
     tell("compress", start, [dy], [])
     used = _used(dy, entries.nnz, entries.clipped, "gradient")
     return (entries, used) if skips(weight, geometry, used.density) else (None, None)

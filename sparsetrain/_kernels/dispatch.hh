@@ -99,4 +99,6 @@ CALL(weight_gradient)
 CALL(input_gradient)
 CALL(pack_weights)
 CALL(unpack_weights)
+CALL(level_weight_gradient)
+CALL(level_input_gradient)
 #undef CALL

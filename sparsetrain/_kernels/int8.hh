@@ -114,8 +114,14 @@ static void int8_weight_gradient(const Slabs *slabs, View<int32_t> x, int zero, 
     weight_gradient_of<int32_t>(slabs, x, zero, entries, starts, task, parts, dw, row, 0, slab);
 }
 
+static void level_weight_gradient(const Slabs *slabs, View<float> x, const PackedEntry *entries, const int64_t *starts, long task,
+                                  long parts, float *dw, float *slab) {
+    weight_gradient_of<float>(slabs, x, 0, entries, starts, task, parts, dw, 0, 0, slab);
+}
+
 constexpr Int8Kernels int8_kernels = {
     .find_range = find_range, .to_quads = to_quads, .from_quads = from_quads, .round_weights = round_weights,
     .spmm = spmm<int32_t>, .compress = compress<float, PackedEntry>, .weight_gradient = int8_weight_gradient,
-    .input_gradient = input_gradient_of<int32_t>, .pack_weights = pack_slab_weights<int32_t, int8_t>,
-    .unpack_weights = unpack_weights_of<int32_t>};
+    .input_gradient = input_gradient_of<int32_t, PackedEntry>, .pack_weights = pack_slab_weights<int32_t, int8_t>,
+    .unpack_weights = unpack_weights_of<int32_t>, .level_weight_gradient = level_weight_gradient,
+    .level_input_gradient = input_gradient_of<float, PackedEntry>};

@@ -131,8 +131,11 @@ def int8_compress(SlabPlan plan, float[:, :, :, :, :] dy, double step, long limi
         int64_t *starts
         int64_t[::1] clipped = np.empty(n, np.int64)
         int64_t *clips = &clipped[0]
+    if plan.slab() > 1 << 23:
+        raise ValueError(f"the plan has {plan.slab()} positions, at most 2^23 fit beside a value")
     how.unit = 1
     out.make(plan, np.int8, sizeof(PackedEntry))
+    out.unit = step
     e, starts = <PackedEntry *>out.entries.data, <int64_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.int8_compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips, s + each * threadid())

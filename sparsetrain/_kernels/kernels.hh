@@ -180,7 +180,7 @@ template <class T> struct Kernels {
                                 const T *weights, long row, View<T> base, bool accumulate, T *slab);
     void (*pack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, const T *weights, T *packed);
     void (*unpack_slab_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
-                                const T *packed, T *grad, bool accumulate);
+                                const T *packed, T scale, T *grad, bool accumulate);
 
     // moments[task][channel]: a value, and the sums of deviations from it and of their squares
     void (*conv_band)(const Bands<T> *, long task, T *scratch);
@@ -256,6 +256,11 @@ struct Int8Kernels {
                          int32_t *packed);
     void (*unpack_weights)(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
                            const int32_t *packed, float scale, float *grad, bool accumulate);
+    // The same entries times floats: weight gradients to be multiplied by their unit, and scale is the unit
+    void (*level_weight_gradient)(const Slabs *, View<float> x, const PackedEntry *entries, const int64_t *starts, long task,
+                                  long parts, float *dw, float *slab);
+    void (*level_input_gradient)(const Slabs *, View<float> dx, float scale, const PackedEntry *entries, const int64_t *starts,
+                                 long task, const float *weights, long row, View<float> base, bool accumulate, float *slab);
 };
 enum { CHAINED_VALUES = 768 };  // a whole number of register files on every instruction set
 

@@ -138,7 +138,7 @@ cdef extern from "dispatch.hh" nogil:
     void slab_input_gradient[T](const Slabs *, View[T], const Entry[T] *, const int64_t *, long, const T *, long, View[T],
                                 bint, T *)
     void pack_slab_weights[T](long, long, long, long, long, long, const T *, T *)
-    void unpack_slab_weights[T](long, long, long, long, long, long, long, long, const T *, T *, bint)
+    void unpack_slab_weights[T](long, long, long, long, long, long, long, long, const T *, T, T *, bint)
     void conv_band[T](const Bands[T] *, long, T *)
     void conv_band_backward[T](const Bands[T] *, long, T *)
     void norm_gradient_sums[T](const Bands[T] *, long)
@@ -177,3 +177,6 @@ cdef extern from "dispatch.hh" nogil:
                              View[float], bint, int32_t *)
     void int8_pack_weights(long, long, long, long, long, long, const int8_t *, int32_t *)
     void int8_unpack_weights(long, long, long, long, long, long, long, long, const int32_t *, float, float *, bint)
+    void int8_level_weight_gradient(const Slabs *, View[float], const PackedEntry *, const int64_t *, long, long, float *, float *)
+    void int8_level_input_gradient(const Slabs *, View[float], float, const PackedEntry *, const int64_t *, long, const float *,
+                                   long, View[float], bint, float *)

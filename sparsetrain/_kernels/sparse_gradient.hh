@@ -104,10 +104,7 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, View<T> dy, lo
 
 // ---- entries
 
-template <class T> struct Entries { typedef Entry<T> type; };
-template <> struct Entries<int32_t> { typedef PackedEntry type; };
-template <class T> using EntryOf = typename Entries<T>::type;  // of products in numbers of type T
-
+template <class T, class E> constexpr bool has_values = __is_same(E, Entry<T>);  // not multiples of a unit
 template <class T> INLINE long position_of(const Entry<T> &e) { return e.position; }
 INLINE long position_of(const PackedEntry &e) { return e.bits >> 8; }
 template <class E, class T> INLINE E entry(int32_t position, T value) {
@@ -116,7 +113,10 @@ template <class E, class T> INLINE E entry(int32_t position, T value) {
 }
 // The value in all lanes; the upper 16 bits of a whole number are 0, as add_products_of_two() wants one of its factors.
 template <class T> INLINE V<T> splat_value(const Entry<T> &e) { return splat(e.value); }
-INLINE V<int32_t> splat_value(const PackedEntry &e) { return splat((int32_t)(uint16_t)(int8_t)e.bits); }
+template <class T> INLINE V<T> splat_value(const PackedEntry &e) {
+    if constexpr (whole_numbers<T>) return splat((int32_t)(uint16_t)(int8_t)e.bits);
+    else return splat((T)(int8_t)e.bits);
+}
 
 template <class T> INLINE V<T> add_product_with_entry(V<T> sum, V<T> value, V<T> x) {
     if constexpr (whole_numbers<T>) return add_products_of_two(sum, value, x);
@@ -468,7 +468,7 @@ INLINE void read_slab(const Slabs &s, View<T> x, int zero, long first, long bloc
 
 // The finished rows of a slab of dx, plus the plain image base if there is one, to dx.
 template <class T>
-INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long first, long blocks, long channel, long band, const T *slab,
+INLINE void write_slab(const Slabs &s, View<Result<T>> dx, Result<T> scale, long first, long blocks, long channel, long band, const T *slab,
                        View<Result<T>> base, bool accumulate) {
     typedef Result<T> R;
     constexpr int L = Vec<T>::lanes;
@@ -495,9 +495,7 @@ INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long fir
                         UNROLL for (int i = 0; i < L; i++) {
                             if (c + i >= channels) continue;
                             R *y = out + (c + i) * dx.channel + w * IMAGES + lane;
-                            V<R> d;
-                            if constexpr (whole_numbers<T>) d = __builtin_convertvector(v[i], V<R>) * scale;
-                            else d = v[i];
+                            V<R> d = __builtin_convertvector(v[i], V<R>) * scale;
                             if (shared) d += shared[(c + i) * base.channel + w] * load((const R *)&real + lane);
                             store(y, accumulate ? load(y) + d : d);
                         }
@@ -509,11 +507,11 @@ INLINE void write_slab(const Slabs &s, View<Result<T>> dx, float scale, long fir
 // ---- products
 
 // R x C taps of N registers of channels. Columns lie next to each other; rows are `row` elements apart in the slab.
-template <int R, int C, int N, class T> struct Taps {
+template <int R, int C, int N, class T, class E> struct Taps {
     static constexpr int L = Vec<T>::lanes;
 
     // dw += value * x[position], with dw in registers while the entries of a list stream by
-    static void add_to_weights(long n, const EntryOf<T> *e, T *slab, long row, T *dw, long dw_row, bool fresh) {
+    static void add_to_weights(long n, const E *e, T *slab, long row, T *dw, long dw_row, bool fresh) {
         V<T> acc[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = fresh ? V<T>{} : load(dw + r * dw_row + v * L);
@@ -523,7 +521,7 @@ template <int R, int C, int N, class T> struct Taps {
                 x[r] = r ? x[r - 1] + row : slab + position_of(e[k]);
                 OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
             }
-            const V<T> g = splat_value(e[k]);
+            const V<T> g = splat_value<T>(e[k]);
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = add_product_with_entry<T>(acc[r][v], g, load(x[r] + v * L));
         }
@@ -532,7 +530,7 @@ template <int R, int C, int N, class T> struct Taps {
     }
 
     // dx[position] += value * w, with w in registers
-    static void add_to_input(long n, const EntryOf<T> *e, T *slab, long row, T *weights, long w_row, bool) {
+    static void add_to_input(long n, const E *e, T *slab, long row, T *weights, long w_row, bool) {
         V<T> w[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) w[r][v] = load(weights + r * w_row + v * L);
@@ -542,7 +540,7 @@ template <int R, int C, int N, class T> struct Taps {
                 x[r] = r ? x[r - 1] + row : slab + position_of(e[k]);
                 OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
             }
-            const V<T> g = splat_value(e[k]);
+            const V<T> g = splat_value<T>(e[k]);
             UNROLL for (int r = 0; r < R; r++)
                 UNROLL for (int v = 0; v < C * N; v++) store(x[r] + v * L, add_product_with_entry<T>(load(x[r] + v * L), g, w[r][v]));
         }
@@ -578,28 +576,28 @@ void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, 
 constexpr int MAX_TAPS = 3;
 constexpr bool has_taps(int r, int c, int n) { return r * c * n <= (REGISTERS == 32 ? 24 : 12); }
 
-template <class T> struct TapTiles {
-    typedef void (*Tile)(long, const EntryOf<T> *, T *, long, T *, long, bool);
+template <class T, class E> struct TapTiles {
+    typedef void (*Tile)(long, const E *, T *, long, T *, long, bool);
     typedef void (*Rows)(long, const Entry<T> *, const int64_t *, long, const T *, T *, long, bool);
     Tile weights[MAX_TAPS][MAX_TAPS][4] = {}, input[MAX_TAPS][MAX_TAPS][4] = {};
     Rows rows[MAX_TAPS][4] = {};
     template <int R, int C, int LOG> constexpr void fill() {
         if constexpr (has_taps(R, C, 1 << LOG)) {
-            weights[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T>::add_to_weights;
-            input[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T>::add_to_input;
+            weights[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T, E>::add_to_weights;
+            input[R - 1][C - 1][LOG] = Taps<R, C, 1 << LOG, T, E>::add_to_input;
         }
-        if constexpr (!whole_numbers<T> && R == 1 && has_taps(CHANNELS, C, 1 << LOG)) rows[C - 1][LOG] = add_rows_to_weights<C, 1 << LOG, T>;
+        if constexpr (has_values<T, E> && R == 1 && has_taps(CHANNELS, C, 1 << LOG)) rows[C - 1][LOG] = add_rows_to_weights<C, 1 << LOG, T>;
         if constexpr (LOG < 3) fill<R, C, LOG + 1>();
         else if constexpr (C < MAX_TAPS) fill<R, C + 1, 0>();
         else if constexpr (R < MAX_TAPS) fill<R + 1, 1, 0>();
     }
     constexpr TapTiles() { fill<1, 1, 0>(); }
 };
-template <class T> constexpr TapTiles<T> tap_tiles;
+template <class T, class E> constexpr TapTiles<T, E> tap_tiles;
 
 // All taps of a list, as many at once as the registers hold. w: (taps, width).
-template <class T>
-INLINE void all_taps(const Slabs &s, const typename TapTiles<T>::Tile (*tiles)[MAX_TAPS][4], long n, const EntryOf<T> *e, T *slab, T *w,
+template <class T, class E>
+INLINE void all_taps(const Slabs &s, const typename TapTiles<T, E>::Tile (*tiles)[MAX_TAPS][4], long n, const E *e, T *slab, T *w,
                      bool fresh) {
     const int lanes = Vec<T>::lanes, vectors = (int)(s.width / lanes), log = __builtin_ctz(vectors);
     const long column = s.dilation[1] * s.width, row = s.dilation[0] * s.row;
@@ -628,7 +626,7 @@ INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int6
         for (long l = 0; l < s.kernel[1]; l += columns)
             for (long v = 0; v < s.width; v += columns == 1 ? L << log : s.width) {
                 const long c = s.kernel[1] - l < columns ? s.kernel[1] - l : columns;
-                tap_tiles<T>.rows[c - 1][log](n, entries, start, step,
+                tap_tiles<T, Entry<T>>.rows[c - 1][log](n, entries, start, step,
                                               slab + k * s.dilation[0] * s.row + l * s.dilation[1] * s.width + v,
                                               w + (k * s.kernel[1] + l) * s.width + v, size, fresh);
             }
@@ -652,8 +650,8 @@ INLINE void for_lists(const Slabs &s, const E *entries, const int64_t *starts, l
 // One task: `width` channels of the blocks of one of `parts` runs of spans. together: the lists of so many output channels, a
 // multiple of CHANNELS, have the same positions. dw (channel groups, out_channels, taps,
 // width), or, with row, (out_channels, row): one tap, whose channel groups lie side by side.
-template <class T>
-INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const EntryOf<T> *entries, const int64_t *starts, long task,
+template <class T, class E>
+INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const E *entries, const int64_t *starts, long task,
                                long parts, T *dw, long row, long together, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
@@ -668,13 +666,13 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const En
             read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
             for (long g = 0; g < s.span * s.lanes / s.group; g++, fresh = false)
                 for_lists(s, entries, starts, span, band * (s.span * s.lanes / s.group) + g,
-                          [&](long o, long n, const EntryOf<T> *e, const int64_t *start) {
-                    if constexpr (!whole_numbers<T>)
+                          [&](long o, long n, const E *e, const int64_t *start) {
+                    if constexpr (has_values<T, E>)
                         if (o < together) {
                             if (o % CHANNELS == 0 && (n || fresh)) all_rows(s, n, entries, start, slab, dw + o * size, size, fresh);
                             return;
                         }
-                    if (n || fresh) all_taps(s, tap_tiles<T>.weights, n, e, slab, dw + o * size, fresh);
+                    if (n || fresh) all_taps<T, E>(s, tap_tiles<T, E>.weights, n, e, slab, dw + o * size, fresh);
                 });
         }
     }
@@ -688,8 +686,8 @@ void slab_weight_gradient(const Slabs *slabs, View<T> x, const Entry<T> *entries
 }
 
 // One task: `width` channels of the blocks of one span. weights as dw above.
-template <class T>
-INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scale, const EntryOf<T> *entries, const int64_t *starts,
+template <class T, class E>
+INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, Result<T> scale, const E *entries, const int64_t *starts,
                               long task, const T *weights, long row, View<Result<T>> base, bool accumulate, T *slab) {
     FlushToZero flush;
     const Slabs &s = *slabs;
@@ -706,8 +704,8 @@ INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, float scal
         }
         for (long g = 0; g < s.span * s.lanes / s.group; g++)
             for_lists(s, entries, starts, span, band * (s.span * s.lanes / s.group) + g,
-                      [&](long o, long n, const EntryOf<T> *e, const int64_t *) {
-                if (n) all_taps(s, tap_tiles<T>.input, n, e, slab, (T *)weights + o * size, false);
+                      [&](long o, long n, const E *e, const int64_t *) {
+                if (n) all_taps<T, E>(s, tap_tiles<T, E>.input, n, e, slab, (T *)weights + o * size, false);
             });
         write_slab(s, dx, scale, first, blocks, group * s.width, band, slab, base, accumulate);
     }
@@ -737,13 +735,10 @@ void pack_slab_weights(long begin, long end, long rows, long channels, long taps
 // And back: grad (+)= the sum of `parts` packed gradients, each of n values
 template <class T>
 INLINE void unpack_weights_of(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
-                              const T *packed, float scale, Result<T> *grad, bool accumulate) {
+                              const T *packed, Result<T> scale, Result<T> *grad, bool accumulate) {
     typedef Result<T> R;
     FlushToZero flush;
-    const auto part = [=](const T *p) INLINE_MEMBER -> V<R> {
-        if constexpr (whole_numbers<T>) return __builtin_convertvector(load(p), V<R>) * scale;
-        else return load(p);
-    };
+    const auto part = [=](const T *p) INLINE_MEMBER -> V<R> { return __builtin_convertvector(load(p), V<R>) * scale; };
     for (long o = begin; o < end; o++)
         for (long g = 0; g * width < channels; g++) {
             const long real = channels - g * width < width ? channels - g * width : width;
@@ -766,6 +761,6 @@ INLINE void unpack_weights_of(long begin, long end, long rows, long channels, lo
 
 template <class T>
 void unpack_slab_weights(long begin, long end, long rows, long channels, long taps, long width, long parts, long n, const T *packed,
-                         T *grad, bool accumulate) {
-    unpack_weights_of<T>(begin, end, rows, channels, taps, width, parts, n, packed, 1, grad, accumulate);
+                         T scale, T *grad, bool accumulate) {
+    unpack_weights_of<T>(begin, end, rows, channels, taps, width, parts, n, packed, scale, grad, accumulate);
 }

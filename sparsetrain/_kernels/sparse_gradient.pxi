@@ -74,12 +74,13 @@ cdef class Entries:
     """The values of an output gradient that are not zero, in lists as a SlabPlan says.
 
     nnz: how many they are; clipped: how many were too large for the limit; same_positions: whether pixels were chosen,
-    all of which all channels have.
+    all of which all channels have. dtype int8: stored are multiples of `unit`.
     """
     cdef:
         readonly SlabPlan plan
         readonly bint same_positions
         readonly long nnz, clipped
+        readonly double unit
         readonly object dtype
         Buffer entries, starts
 
@@ -90,7 +91,7 @@ cdef class Entries:
 
     cdef int make(self, SlabPlan plan, dtype, long bytes) except -1:
         """Memory for entries of so many bytes each."""
-        self.plan, self.dtype = plan, np.dtype(dtype)
+        self.plan, self.dtype, self.unit = plan, np.dtype(dtype), 1.0
         self.entries = borrow(f"entries of {plan.s.blocks} blocks", plan.planes * (plan.s.capacity + 16) * bytes)
         self.starts = borrow(f"starts of {plan.s.blocks} blocks", plan.planes * (plan.lists + 1) * sizeof(int64_t))
         return 0
@@ -372,8 +373,9 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
         floating *s = <floating *>slabs.data
         const floating *w = &weights[0]
         floating *packing
+        bint levels = are_levels(entries, sizeof(floating))
+        double unit = entries.unit
     fits[floating](p, dx, None)
-    check_dtype(entries, sizeof(floating))
     same_length("weights", weights.shape[0], rows * p.s.channels * p.taps)
     d = view(dx)  # OUT
     none.data = NULL
@@ -391,7 +393,11 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
         for i in prange(bp.channel_groups, nogil=True, num_threads=threads, schedule="dynamic"):
             kernels.slab_input_gradient(&bp.s, b, be, b_starts, i, w, row, none, False, s + each * threadid())
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.slab_input_gradient(&p.s, d, e, starts, i, w, row, b, accumulate, s + each * threadid())
+        if floating is float and levels:
+            kernels.int8_level_input_gradient(&p.s, d, <float>unit, <const PackedEntry *>e, starts, i, w, row, b, accumulate,
+                                              s + each * threadid())
+        else:
+            kernels.slab_input_gradient(&p.s, d, e, starts, i, w, row, b, accumulate, s + each * threadid())
     if not row:
         give_back("parts", packed)
     give_back("slabs", slabs)
@@ -410,14 +416,15 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         long each = max(p.slab(), bp.slab()), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads)
-        bint same_positions = entries.same_positions, direct = p.in_place() and not accumulate and sums == 1
+        bint levels = are_levels(entries, sizeof(floating)), same_positions = entries.same_positions
+        bint direct = p.in_place() and not accumulate and sums == 1 and not levels
+        floating unit = <floating>entries.unit
         long row = p.s.channels if direct else 0, values = p.weights()
         Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
         floating *s = <floating *>slabs.data
         floating *dw
         floating *out = &grad[0]  # OUT
     fits[floating](p, x, None)
-    check_dtype(entries, sizeof(floating))
     xv = bv = view(x)
     if base is not None:
         bv = plain[floating](bp, <floating *>base.values(p, sizeof(floating)))
@@ -428,7 +435,10 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         packed = borrow("parts", sums * values * sizeof(floating))
         dw = <floating *>packed.data
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        if i % sums < parts:
+        if floating is float and levels:
+            kernels.int8_level_weight_gradient(&p.s, xv, <const PackedEntry *>e, starts, i, parts, dw + i % parts * values,
+                                               s + each * threadid())
+        elif i % sums < parts:
             kernels.slab_weight_gradient(&p.s, xv, e, starts, i // sums * parts + i % sums, parts, dw + i % sums * values, row,
                                          same_positions, s + each * threadid())
         else:
@@ -437,9 +447,17 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
     if not direct:
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.unpack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, sums,
-                                        values, dw, out, accumulate)
+                                        values, dw, unit, out, accumulate)
         give_back("parts", packed)
     give_back("slabs", slabs)
+
+
+cdef bint are_levels(Entries entries, long size) except -1:
+    """Whether the entries are multiples of their unit; TypeError unless arrays with values of `size` bytes fit them."""
+    if entries.dtype == np.int8 and size == 4:
+        return True
+    check_dtype(entries, size)
+    return False
 
 
 cdef int check_dtype(Entries entries, long size) except -1:

@@ -274,9 +274,10 @@ def test_8_bits_clip_and_count(kind, kernel):
 
 
 def test_8_bits_change_nothing_where_nothing_is_clipped(kernel):
+    """To rounding: the step is a factor of whole sums then."""
     free, passes = (Passes("conv", Dithered(1.0, bits=bits)) for bits in (None, 8))
     for a, b in zip(free.step(free.gradient()), passes.step(free.gradient()), strict=True):
-        np.testing.assert_array_equal(a, b)
+        close(b, a)
     assert passes.method.report()["0"]["clipped"] == 0
 
 

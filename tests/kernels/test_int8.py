@@ -706,7 +706,7 @@ def test_where_no_plan_fits_32_bits_the_ordinary_kernels_run(guard, isa, kernels
     plain = outcome(kernels)
     most = {"MOST_PRODUCTS": 256 * plain[3].span, "MOST_POSITION": plain[3].positions}[guard]
     for value, kernel in ((most, "gradient"), (most - 1, "weight")):
-        monkeypatch.setattr(int8, guard, value)
+        monkeypatch.setattr(int8 if guard == "MOST_PRODUCTS" else slabs, guard, value)
         found = outcome(kernels)
         assert found[2] == kernel and (found[3] is None) == (kernel == "weight")
         assert_close_to(found, plain)
@@ -836,6 +836,7 @@ def test_arguments_that_do_not_fit():
     floats = core.compress(plan, dy.array, core.DITHER, 0.25)
     quads, other = int8.quantize(a).quads.array, int8.quantize(arrays.pack(x[:, :4])).quads.array
     levels, one, grad = np.zeros(weight.nnz, np.int8), np.zeros(1, np.int8), np.zeros(weight.nnz, np.float32)
+    double, grad64 = arrays.pack(x.astype(float)).array, grad.astype(float)
     indptr, sums = weight.structure.csr()[0], np.zeros(conv.out_channels, np.int32)
     data, place = weight.data.reshape(-1), np.zeros(1, np.int32)
     runs = [
@@ -848,8 +849,12 @@ def test_arguments_that_do_not_fit():
         (lambda: core.int8_input_gradient(entries, one, 1.0, a.array), ValueError, "weights has 1"),
         (lambda: core.int8_input_gradient(entries, levels, 1.0, dy.array), ValueError, "another shape of x"),
         (lambda: core.int8_input_gradient(floats, levels, 1.0, a.array), TypeError, "the entries are float32"),
-        (lambda: core.slab_weight_gradient(entries, a.array, grad, False), TypeError, "the entries are int8"),
-        (lambda: core.slab_input_gradient(entries, grad, a.array), TypeError, "the entries are int8"),
+        (
+            lambda: core.slab_weight_gradient(entries, double, grad64, False),
+            TypeError,
+            "the entries are int8",
+        ),
+        (lambda: core.slab_input_gradient(entries, grad64, double), TypeError, "the entries are int8"),
         (lambda: core.round_weights(data, indptr[1:], None, 1.0, levels, None, sums), ValueError, "indptr has 3"),
         (lambda: core.round_weights(data, indptr, place, 1.0, levels, levels, sums), ValueError, "place has 1"),
         (lambda: core.round_weights(data, indptr, None, 1.0, one, None, sums), ValueError, "levels has 1"),

@@ -334,6 +334,23 @@ def test_products(name, dtype, isa):
     check(*CASES[name], dtype)
 
 
+@cases
+def test_products_of_entries_of_8_bits(name, isa):
+    """Those of the same entries as floats: all sums of whole numbers, times a power of two."""
+    conv, l1 = CASES[name]
+    x, dy, w = operands(conv, np.float32)
+    g, a = arrays.pack(dy), activation(x)
+    plan, how = planned(conv, np.float32, l1)[0], (0.25, 10, 3)
+    levels = core.int8_compress(plan, g.array, *how)
+    found = [weight_gradient(levels, a, w.size, np.float32)]
+    found.append(written(a, lambda out: core.slab_input_gradient(levels, w.reshape(-1), out), 0))
+    assert levels.dtype == np.int8 and levels.unit == 0.25 and levels.clipped > 0
+    floats = core.compress(plan, g.array, core.DITHER, *how)
+    np.testing.assert_array_equal(found[0], weight_gradient(floats, a, w.size, np.float32))
+    dx = written(a, lambda out: core.slab_input_gradient(floats, w.reshape(-1), out), 0)
+    np.testing.assert_array_equal(found[1], dx)
+
+
 @quick
 @given(case=convs())
 def test_products_of_any_geometry(case, isa):
