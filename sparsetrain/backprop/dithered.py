@@ -21,9 +21,10 @@ class Dithered(Method):
     The same sample serves input and weight gradient; the bias's is exact. s > 0: larger is sparser;
     about 2 gives 61 % zeros for normal gradients, 74 % behind a ReLU, more for heavier tails. sparsity in (0, 1):
     instead of s held fixed, it is changed in each layer, from s on, until so many values are zero. bits=8: multiples
-    beyond +-127 are clipped, and counted, and those of a float32 layer stored in 8 bits. precision=8: training in 8 bits, which includes that: the layers read inputs
-    rounded to 256 levels and weights rounded to 255, forward and backward (also in evaluation, as long as the method
-    is attached), and products of bytes are summed without rounding. The weights that are trained stay float32.
+    beyond +-127 are clipped, and counted, and those of a float32 layer stored in 8 bits. precision=8: training in 8
+    bits, which includes that: the layers read inputs rounded to 256 levels and weights rounded to 255, forward and
+    backward (also in evaluation, as long as the method is attached), and products of bytes are summed without
+    rounding. The weights that are trained stay float32.
 
     Source: Wiedemann et al., Dithered backprop, arXiv 2004.04729 (non-subtractive dither, step s * sigma over the
     layer's whole gradient). A gradient whose deviation is 0 or not finite is used as it is. The target sparsity is
