@@ -9,6 +9,7 @@ import math
 import zlib
 
 import numpy as np
+from safetensors.numpy import load_file
 
 # dense: places, among the layers with weights, that stay dense on every side. SparseProp's paper
 # (section 4.2) keeps the first convolution and the last linear layer so; the first layer of the
@@ -29,6 +30,15 @@ def net_cases(all_sparse=False):
     """Cases of whole training steps, one for each net of NETS; all_sparse: no layer stays dense."""
     everywhere = {"dense": ()} if all_sparse else {}
     return [{"name": name, "net": name, **net, **everywhere} for name, net in NETS.items()]
+
+
+def trained_case(path):
+    """The case of a training step of the ResNet-20 with shortcut option A whose dense state is in that safetensors file
+    (sparsetrain.interchange.write_state() writes it). Its zeros are the removed weights."""
+    case = {"name": f"resnet20_a, {path.name}", "net": "resnet20_a", **NETS["resnet20"], "weights": str(path)}
+    weights = [array for array in load_file(path).values() if array.ndim > 1]
+    zeros = sum(int((array == 0).sum()) for array in weights)
+    return {**case, "sparsity": zeros / sum(array.size for array in weights)}
 
 
 def weight_sparsity(case):
@@ -92,6 +102,10 @@ def net_weights(shapes, case):
 
     Returns (parameters, dense): the names of the layers that stay dense, without ".weight".
     """
+    if "weights" in case:
+        state = load_file(case["weights"])
+        weights = [name for name, shape in shapes.items() if len(shape) > 1]
+        return {name: state[name] for name in shapes}, [n.removesuffix(".weight") for n in weights if state[n].all()]
     layers = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1]
     dense = [layers[place] for place in case["dense"]]
     parameters = {}

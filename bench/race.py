@@ -42,7 +42,8 @@ def run(cases, options, memory_peers=()):
         "results": [],
     }
     for case in cases:
-        at_sparsity = [{**case, "sparsity": sparsity} for sparsity in options.sparsity]
+        sparsities = [case["sparsity"]] if "sparsity" in case else options.sparsity
+        at_sparsity = [{**case, "sparsity": sparsity} for sparsity in sparsities]
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(Worker(peer, options)) for peer in options.peers]
             results = [_race(c, workers, options.repeats, report["versions"]) for c in at_sparsity]

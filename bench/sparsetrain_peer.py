@@ -8,7 +8,7 @@ from scipy.stats import norm
 from subject import Subject, sampled, timed_parts
 
 import sparsetrain as st
-from sparsetrain import arrays, backprop, nn
+from sparsetrain import arrays, backprop, interchange, nn
 from sparsetrain.backprop.resprop import MARGIN
 from sparsetrain.record import record
 from sparsetrain.sparse import SparseParameter
@@ -113,7 +113,9 @@ def net(peer, case):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     values, dense = cases.net_weights(shapes, case)
     model.load_state_dict(model.state_dict() | values)
-    if cases.weight_sparsity(case) > 0:
+    if "weights" in case:
+        interchange.zeros_to_structure(model)
+    elif cases.weight_sparsity(case) > 0:
         # The removed weights are zero already, so the largest are those of the mask.
         st.sparsify(model, case["sparsity"], method="magnitude", exclude=dense)
     optimizer = st.optim.SGD(model.parameters(), **cases.SGD)

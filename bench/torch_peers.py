@@ -289,18 +289,27 @@ def _vgg11(channels):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
-def _resnet(channels, blocks, widths):
+class PadChannels(nn.Module):
+    """Every second pixel, and zero in as many channels again, half of them before."""
+
+    def forward(self, x):
+        return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+
+
+def _projection(channels, width, stride):
+    conv = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width))
+
+
+def _resnet(channels, blocks, widths, shortcut=_projection):
     layers = _conv_bn_relu(channels, widths[0])
     channels = widths[0]
     for width in widths:
         for block in range(blocks):
             stride = 2 if block == 0 and width != widths[0] else 1
             body = [*_conv_bn_relu(channels, width, stride), *_conv_bn_relu(width, width)[:2]]
-            shortcut = None
-            if channels != width:
-                conv = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
-                shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
-            layers += [Residual(nn.Sequential(*body), shortcut), _relu()]
+            around = shortcut(channels, width, stride) if channels != width else None
+            layers += [Residual(nn.Sequential(*body), around), _relu()]
             channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
@@ -309,12 +318,17 @@ def _resnet20(channels):
     return _resnet(channels, blocks=3, widths=(16, 32, 64))
 
 
+def _resnet20_a(channels):
+    return _resnet(channels, blocks=3, widths=(16, 32, 64), shortcut=lambda *_: PadChannels())
+
+
 def _resnet18(channels):
     return _resnet(channels, blocks=2, widths=(64, 128, 256, 512))
 
 
 NETS = {
     "resnet20": _resnet20,
+    "resnet20_a": _resnet20_a,
     "resnet18": _resnet18,
     "vgg11": _vgg11,
     "lenet5": _lenet5,

@@ -3,6 +3,8 @@
 Also the memory that a step needs at its peak, in fresh processes, for the ResNets.
 """
 
+from pathlib import Path
+
 import cases
 import common
 import race
@@ -15,8 +17,13 @@ def main():
     peers = ["sparsetrain", *DENSE, "sparseprop"]
     parser = common.parser(__doc__, peers, sparsities, repeats=9, quick="lenet5")
     parser.add_argument("--all-sparse", action="store_true", help="also the first and the last layer")
+    parser.add_argument(
+        "--weights", nargs="+", type=Path, metavar="FILE", help="only a ResNet-20 with these weights, see cases.py"
+    )
     options = common.parse(parser)
     chosen = common.chosen_cases(cases.net_cases(options.all_sparse), options)
+    if options.weights:
+        chosen = [cases.trained_case(path) for path in options.weights]
     results = race.run(chosen, options, memory_peers=("sparsetrain", *DENSE))
     headings = [
         "net", "batch", "sparsity", "ms a step", "images/s", "dense ms", "layout", "faster",
