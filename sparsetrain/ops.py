@@ -5,7 +5,7 @@ the halo that its consumer wants. Parameters' gradients are written through Para
 """
 
 import time
-from functools import partial, wraps
+from functools import cache, partial, wraps
 
 import numpy as np
 
@@ -166,17 +166,14 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     if dx is None:
         build = partial(build, dx=None)
     plan, steps = planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
-    pixels, dtype = y.n * y.array.shape[2] * y.array.shape[3], y.dtype
-    mean_g, slope = np.zeros((2, weight.shape[0]), dtype)
-    if norm.training:
-        mean_g[:], slope[:] = dy.sums[0] / pixels, dy.sums[1] / pixels * norm.inverse**2
+    pixels = y.n * y.array.shape[2] * y.array.shape[3] if norm.training else np.inf
     grad, accumulate = weight.gradient()
     if isinstance(x, Normed):
         forming["x_mean"] = x.norm.mean
     values = [step.values(weight.data.reshape(-1)) for step in steps]
     sums = core.conv_bands_backward(
-        plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, mean_g, slope, grad.reshape(-1), accumulate,
-        None if dx is None else dx.array, values, into is not None, **forming,
+        plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, dy.sums, norm.inverse, pixels,
+        grad.reshape(-1), accumulate, None if dx is None else dx.array, values, into is not None, **forming,
     )  # fmt: skip
     normed = x if isinstance(x, Normed) else None
     raw = [] if formed and sums is None else [source, x.add]
@@ -185,6 +182,11 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
         normed=normed, forms=not formed, sums=sums is not None,
     )  # fmt: skip
     return dx if sums is None else NormedGradient(dx, sums)
+
+
+def norm_parameter_gradients(weight, bias, norm, dy):
+    """Adds the gradients of a batch norm's weight and bias, for the NormedGradient of its output."""
+    core.norm_parameter_gradients(dy.sums, norm.inverse, *weight.gradient(), *bias.gradient())
 
 
 def normed_gradient(y, dy):
@@ -228,18 +230,26 @@ def dropout(x, keep, seed, halo=(0, 0)):
     return y
 
 
+@cache
 def windows(size, kernel, stride, padding):
     """Begin, end and divisor (3, outputs) of the windows of one axis; the padding counts in the divisor."""
     begin = np.arange((size + 2 * padding - kernel) // stride + 1) * stride - padding
     end = np.minimum(begin + kernel, size + padding)
-    return np.stack([np.maximum(begin, 0), np.minimum(end, size), end - begin]).astype(np.int32)
+    return _fixed(np.maximum(begin, 0), np.minimum(end, size), end - begin)
 
 
+@cache
 def adaptive_windows(size, outputs):
     """Begin, end and divisor (3, outputs) of windows that cover the axis evenly."""
     i = np.arange(outputs)
     begin, end = i * size // outputs, -(-(i + 1) * size // outputs)
-    return np.stack([begin, end, end - begin]).astype(np.int32)
+    return _fixed(begin, end, end - begin)
+
+
+def _fixed(*rows):
+    found = np.stack(rows).astype(np.int32)
+    found.flags.writeable = False  # it is there for all who ask again
+    return found
 
 
 def _pooled(x, h, w, halo):

@@ -811,14 +811,14 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
 
 def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
                         floating[:, :, :, :, :] g, const floating[::1] y_scale, const floating[::1] y_mean,
-                        const floating[::1] mean_g, const floating[::1] slope, floating[::1] grad, bint accumulate,
-                        floating[:, :, :, :, :] dx, list values, bint add_to_dx, const floating[::1] scale=None,
+                        const double[:, :] y_sums, const double[::1] inverse, double pixels, floating[::1] grad,
+                        bint accumulate, floating[:, :, :, :, :] dx, list values, bint add_to_dx, const floating[::1] scale=None,
                         const floating[::1] shift=None, const floating[::1] x_mean=None, bint relu=False,
                         floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None):
     """Gradients of conv_bands(): those of the weights to grad, and that of its input to dx (added if add_to_dx) unless None.
 
-    g: that of the batch norm of y, zero where its ReLU is closed; the gradient of y is y_scale (g - mean_g - (y - y_mean)
-    slope). values: those of each Plan of plan.input. Returns, if scale is given, the sums (2, channels) of dx, which is
+    g: that of the batch norm of y, zero where its ReLU is closed; y_sums, inverse: as of norm_parameter_gradients(); the
+    gradient of y is y_scale (g - (y_sums[0] + (y - y_mean) y_sums[1] inverse^2) / pixels). values: those of each Plan of plan.input. Returns, if scale is given, the sums (2, channels) of dx, which is
     made zero where the ReLU of x is closed, and of dx (x - x_mean).
     """
     cdef:
@@ -831,15 +831,19 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         floating *p = <floating *>partial.data
         floating *gp
         double[:, :, ::1] sums
+        floating[:, ::1] lines = np.empty((2, y.shape[1]), np.float32 if sizeof(floating) == 4 else np.float64)
         Plan step
         Product[floating] phase
     same_shape(y, g)
     a.g, a.parts, a.phases, a.phases_across = view(g), parts, 0, plan.phases_across
     same_length("y_scale", y_scale.shape[0], y.shape[1])
     same_length("y_mean", y_mean.shape[0], y.shape[1])
-    same_length("mean_g", mean_g.shape[0], y.shape[1])
-    same_length("slope", slope.shape[0], y.shape[1])
-    a.y_scale, a.y_mean, a.mean_g, a.slope = &y_scale[0], &y_mean[0], &mean_g[0], &slope[0]
+    same_length("y_sums", y_sums.shape[1], y.shape[1])
+    same_length("inverse", inverse.shape[0], y.shape[1])
+    for c in range(y.shape[1]):
+        lines[0, c] = <floating>(y_sums[0, c] / pixels)
+        lines[1, c] = <floating>(y_sums[1, c] / pixels * (inverse[c] * inverse[c]))
+    a.y_scale, a.y_mean, a.mean_g, a.slope = &y_scale[0], &y_mean[0], &lines[0, 0], &lines[1, 0]
     a.dy_halo[0], a.dy_halo[1] = plan.dy_halo[0], plan.dy_halo[1]
     a.dy_channel, a.dy_row, a.dy_size = plan.dy_channel, plan.dy_row, plan.dy_size
     a.gradient, a.gradient_axis = product_of(plan.gradient, <floating>0), row_axis(plan.gradient)
@@ -874,6 +878,21 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     give_back("scratch", scratch)
     if a.sums != NULL:
         return np.asarray(sums).sum(0).T
+
+
+def norm_parameter_gradients(const double[:, :] sums, const double[::1] inverse, floating[::1] dw, bint add_to_dw,
+                             floating[::1] db, bint add_to_db):
+    """dw[:] (+)= sums[1] inverse, db[:] (+)= sums[0]: a batch norm's gradients.
+
+    sums (2, channels): of the gradient of its output, and of that times x - mean; inverse: 1 / sqrt(var + eps).
+    """
+    cdef long c, channels = inverse.shape[0]
+    same_length("dw", dw.shape[0], channels)
+    same_length("db", db.shape[0], channels)
+    same_length("sums", sums.shape[1], channels)
+    for c in range(channels):
+        dw[c] = <floating>((dw[c] if add_to_dw else 0) + sums[1, c] * inverse[c])  # OUT
+        db[c] = <floating>((db[c] if add_to_db else 0) + sums[0, c])  # OUT
 
 
 def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, const floating[::1] scale,

@@ -51,9 +51,7 @@ class ConvNorm:
             start = time.perf_counter()
             if not isinstance(dy, NormedGradient):
                 dy = ops.normed_gradient(out, dy)
-            for parameter, sums in ((norm.bias, dy.sums[0]), (norm.weight, dy.sums[1] * numbers.inverse)):
-                grad, accumulate = parameter.gradient()
-                grad[:] = grad + sums if accumulate else sums
+            ops.norm_parameter_gradients(norm.weight, norm.bias, numbers, dy)
             module.report(norm, "backward", start, dy)
             start = time.perf_counter()
             dx = ops.conv2d_bands_backward(x, conv.weight, conv.geometry, y, numbers, dy, halo, into)
