@@ -160,7 +160,7 @@ template <class T> struct Kernels {
     void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);
 
-    // Sparse output gradients: lists of entries of the planes (span x output channel) [begin, end), `lists` + 1 starts each,
+    // Sparse output gradients: lists of entries of the planes (span x output channel) [begin, end), starts as in starts_of(),
     // counted from `entries`. The planes of one call lie side by side.
     // scratch holds 16 entries more than an image block has values.
     void (*compress)(const Slabs *, const Sparsifier<T> *, View<T> dy, long begin, long end, Entry<T> *entries, int64_t *starts,

@@ -168,6 +168,14 @@ INLINE long append(PackedEntry *out, const Values<float> &value, const Ints &pos
 }
 
 INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
+INLINE long lists_of_band(const Slabs &s) { return s.span * s.lanes / s.group; }
+
+// Where the lists of a plane (span x output channel) begin, `out_channels` apart: starts[span][list][channel], for products go
+// from channel to channel. One more than there are lists.
+template <class I> INLINE I *starts_of(const Slabs &s, I *starts, long plane) {
+    const long span = plane / s.out_channels;
+    return starts + span * (s.bands * lists_of_band(s) + 1) * s.out_channels + plane % s.out_channels;
+}
 
 // Entries of 16 images, of which any may come next, to be sorted by image: at 92 % zeros 5 ns for 16 values with all else,
 // 7 if all values are transposed first (64 channels at 56x56). `position` is 16 times theirs, plus the image.
@@ -191,26 +199,25 @@ template <class T> struct Unsorted {
     }
 };
 
-// The lists of some planes (span x output channel). starts[plane][list] counts from `entries`.
+// The lists of some planes. starts count from `entries`.
 template <class T, class E>
 void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, E *entries, int64_t *starts,
               int64_t *clipped, Entry<T> *scratch) {
     FlushToZero flush;
     const Slabs s = *slabs;  // a copy: what is written cannot change it
-    const long lists = s.bands * (s.span * s.lanes / s.group), row_step = s.stride[0] * s.row, step = s.stride[1] * s.width;
+    const long row_step = s.stride[0] * s.row, step = s.stride[1] * s.width;
     const Ints lanes = LANES * (int32_t)s.image;
     // Side by side, although their number is not known: 8 % of the room for all values would be new lines every time.
     long n = begin * (s.capacity + IMAGES);
     for (long plane = begin; plane < end; plane++) {
         const long first = plane / s.out_channels * s.span, channel = plane % s.out_channels;
         const long blocks = s.blocks - first < s.span ? s.blocks - first : s.span;
-        int64_t *start = starts + plane * (lists + 1);
-        long list = 0;
+        int64_t *start = starts_of(s, starts, plane);
         clipped[plane] = 0;
         for (long band = 0; band < s.bands; band++) {
             const long top = band_begin(s, band), bottom = band_begin(s, band + 1);
             for (long b = 0; b < s.span; b++) {
-                if (b * IMAGES % s.group == 0) start[list++] = n;
+                if (b * IMAGES % s.group == 0) *start = n, start += s.out_channels;
                 if (b >= blocks) continue;
                 const long image = b * IMAGES * s.image - top * row_step;
                 const auto position = [=](long r, long c) { return (int32_t)(image + r * row_step + c * step); };
@@ -227,20 +234,20 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
                     found.add(v, position(r, c));
                 });
                 found.sort(entries + n, (int32_t)s.image, begins);
-                for (long i = s.group; i < IMAGES; i += s.group) start[list++] = n + begins[i];
+                for (long i = s.group; i < IMAGES; i += s.group) *start = n + begins[i], start += s.out_channels;
                 n += found.n;
             }
         }
-        start[list] = n;
+        *start = n;
     }
 }
 
 // Where the values of the chosen pixels of some spans are in dy, and in the slab: the same for all output channels. Image
-// after image, starts[span][list] as in compress().
+// after image, starts[span][list].
 template <class T>
 void find_places(const Slabs *slabs, View<T> dy, const T *chosen, long begin, long end, Place *places, int64_t *starts) {
     const Slabs s = *slabs;
-    const long lists = s.bands * (s.span * s.lanes / s.group);
+    const long lists = s.bands * lists_of_band(s);
     for (long span = begin; span < end; span++) {
         const long first = span * s.span;
         Place *out = places + span * (s.capacity + 1);
@@ -272,7 +279,7 @@ template <class T>
 void gather_places(const Slabs *slabs, View<T> dy, const Place *places, const int64_t *place_starts, long begin, long end,
                    Entry<T> *entries, int64_t *starts) {
     const Slabs s = *slabs;
-    const long lists = s.bands * (s.span * s.lanes / s.group);
+    const long lists = s.bands * lists_of_band(s);
     long n = begin * (s.capacity + IMAGES);
     for (long plane = begin; plane < end; plane++) {
         const long span = plane / s.out_channels;
@@ -283,7 +290,8 @@ void gather_places(const Slabs *slabs, View<T> dy, const Place *places, const in
                 for (long c = 0; c < s.out_width; c++) __builtin_prefetch(g + b * dy.block + r * dy.row + c * IMAGES);
         const Place *place = places + span * (s.capacity + 1);
         const int64_t *from = place_starts + span * (lists + 1);
-        for (long list = 0; list <= lists; list++) starts[plane * (lists + 1) + list] = n + from[list];
+        int64_t *start = starts_of(s, starts, plane);
+        for (long list = 0; list <= lists; list++) start[list * s.out_channels] = n + from[list];
         for (long k = 0; k < from[lists]; k++) entries[n + k] = {place[k].position, g[place[k].source]};
         n += from[lists];
     }
@@ -296,10 +304,10 @@ void list_image(const Slabs *slabs, const T *image, long begin, long end, Entry<
     const Slabs s = *slabs;
     for (long channel = begin; channel < end; channel++) {
         long n = channel * (s.capacity + IMAGES);
-        int64_t *start = starts + channel * (s.bands + 1);
+        int64_t *start = starts_of(s, starts, channel);
         const T *row = image + channel * s.out_height * s.out_width;
         for (long band = 0; band < s.bands; band++) {
-            *start++ = n;
+            *start = n, start += s.out_channels;
             for (long r = 0; r < band_begin(s, band + 1) - band_begin(s, band); r++, row += s.out_width)
                 for (long c = 0; c < s.out_width; c += IMAGES) {
                     Values<T> v = {};
@@ -547,15 +555,15 @@ template <int R, int C, int N, class T, class E> struct Taps {
     }
 };
 
-// dw += value * x[position] for a row of C taps and CHANNELS output channels whose lists, at start[i * step] of `entries`,
+// dw += value * x[position] for a row of C taps and CHANNELS output channels whose lists, at start[i] of `entries`,
 // have the same positions: a load of x serves all of them. dw of the next channel is `size` further.
 enum { CHANNELS = 4 };
 template <int C, int N, class T>
-void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, long step, const T *slab, T *dw, long size,
+void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, const T *slab, T *dw, long size,
                          bool fresh) {
     constexpr int L = Vec<T>::lanes;
     const Entry<T> *e[CHANNELS];
-    UNROLL for (int o = 0; o < CHANNELS; o++) e[o] = entries + start[o * step];
+    UNROLL for (int o = 0; o < CHANNELS; o++) e[o] = entries + start[o];
     V<T> acc[CHANNELS][C * N];
     UNROLL for (int o = 0; o < CHANNELS; o++)
         UNROLL for (int v = 0; v < C * N; v++) acc[o][v] = fresh ? V<T>{} : load(dw + o * size + v * L);
@@ -578,7 +586,7 @@ constexpr bool has_taps(int r, int c, int n) { return r * c * n <= (REGISTERS ==
 
 template <class T, class E> struct TapTiles {
     typedef void (*Tile)(long, const E *, T *, long, T *, long, bool);
-    typedef void (*Rows)(long, const Entry<T> *, const int64_t *, long, const T *, T *, long, bool);
+    typedef void (*Rows)(long, const Entry<T> *, const int64_t *, const T *, T *, long, bool);
     Tile weights[MAX_TAPS][MAX_TAPS][4] = {}, input[MAX_TAPS][MAX_TAPS][4] = {};
     Rows rows[MAX_TAPS][4] = {};
     template <int R, int C, int LOG> constexpr void fill() {
@@ -617,7 +625,6 @@ INLINE void all_taps(const Slabs &s, const typename TapTiles<T, E>::Tile (*tiles
 template <class T>
 INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int64_t *start, const T *slab, T *w, long size,
                      bool fresh) {
-    const long step = s.bands * (s.span * s.lanes / s.group) + 1;
     constexpr int L = Vec<T>::lanes;
     int columns = s.dilation[1] > 1 ? 1 : s.kernel[1] < MAX_TAPS ? (int)s.kernel[1] : MAX_TAPS, log = __builtin_ctz((int)(s.width / L));
     while (columns > 1 && !has_taps(CHANNELS, columns, 1 << log)) columns--;
@@ -626,7 +633,7 @@ INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int6
         for (long l = 0; l < s.kernel[1]; l += columns)
             for (long v = 0; v < s.width; v += columns == 1 ? L << log : s.width) {
                 const long c = s.kernel[1] - l < columns ? s.kernel[1] - l : columns;
-                tap_tiles<T, Entry<T>>.rows[c - 1][log](n, entries, start, step,
+                tap_tiles<T, Entry<T>>.rows[c - 1][log](n, entries, start,
                                               slab + k * s.dilation[0] * s.row + l * s.dilation[1] * s.width + v,
                                               w + (k * s.kernel[1] + l) * s.width + v, size, fresh);
             }
@@ -635,15 +642,13 @@ INLINE void all_rows(const Slabs &s, long n, const Entry<T> *entries, const int6
 // Calls f(output channel, n, its entries) for each list of some images of a band. The next lists are fetched meanwhile.
 template <class E, class F>
 INLINE void for_lists(const Slabs &s, const E *entries, const int64_t *starts, long span, long list, F f) {
-    const long lists = s.bands * (s.span * s.lanes / s.group);
-    for (long o = 0; o < s.out_channels; o++) {
-        const long plane = span * s.out_channels + o;
-        const int64_t *start = starts + plane * (lists + 1) + list;
+    const int64_t *start = starts_of(s, starts, span * s.out_channels) + list * s.out_channels;
+    for (long o = 0; o < s.out_channels; o++, start++) {
         if (o + 2 < s.out_channels) {
-            const char *next = (const char *)(entries + start[2 * (lists + 1)]);
+            const char *next = (const char *)(entries + start[2]);
             __builtin_prefetch(next), __builtin_prefetch(next + 64);
         }
-        f(o, start[1] - start[0], entries + start[0], start);
+        f(o, start[s.out_channels] - start[0], entries + start[0], start);
     }
 }
 
@@ -664,8 +669,8 @@ INLINE void weight_gradient_of(const Slabs *slabs, View<T> x, int zero, const E 
         __builtin_memset(slab, 0, blocks * s.lanes * s.image * sizeof(T));
         for (long band = 0; band < s.bands; band++) {
             read_slab(s, x, zero, first, blocks, group * s.width, band, slab);
-            for (long g = 0; g < s.span * s.lanes / s.group; g++, fresh = false)
-                for_lists(s, entries, starts, span, band * (s.span * s.lanes / s.group) + g,
+            for (long g = 0; g < lists_of_band(s); g++, fresh = false)
+                for_lists(s, entries, starts, span, band * lists_of_band(s) + g,
                           [&](long o, long n, const E *e, const int64_t *start) {
                     if constexpr (has_values<T, E>)
                         if (o < together) {
@@ -702,8 +707,8 @@ INLINE void input_gradient_of(const Slabs *slabs, View<Result<T>> dx, Result<T> 
             for (long i = 0; i < blocks * s.lanes; i++)
                 __builtin_memset(slab + i * s.image + shared * s.row, 0, (s.image - shared * s.row) * sizeof(T));
         }
-        for (long g = 0; g < s.span * s.lanes / s.group; g++)
-            for_lists(s, entries, starts, span, band * (s.span * s.lanes / s.group) + g,
+        for (long g = 0; g < lists_of_band(s); g++)
+            for_lists(s, entries, starts, span, band * lists_of_band(s) + g,
                       [&](long o, long n, const E *e, const int64_t *) {
                 if (n) all_taps<T, E>(s, tap_tiles<T, E>.input, n, e, slab, (T *)weights + o * size, false);
             });

@@ -98,19 +98,24 @@ cdef class Entries:
 
     cdef int count(self, const int64_t[::1] clipped) noexcept:
         """Take nnz from `starts`, and what was clipped."""
-        cdef long plane
-        cdef const int64_t *starts = <const int64_t *>self.starts.data
+        cdef:
+            long plane, c, channels = self.plan.s.out_channels, end = self.plan.lists * channels
+            const int64_t *start = <const int64_t *>self.starts.data
         for plane in range(self.plan.planes):
-            self.nnz += starts[plane * (self.plan.lists + 1) + self.plan.lists] - starts[plane * (self.plan.lists + 1)]
+            c = plane % channels
+            self.nnz += start[end + c] - start[c]
             self.clipped += clipped[plane]
+            if c + 1 == channels:
+                start += end + channels
         return 0
 
     def to_lists(self):
         """[(span, output channel, list, positions, values)] of the lists that are not empty, for tests."""
         cdef:
             long plane, i
-            int64_t[:, ::1] starts = np.frombuffer(
-                self.starts.raw, np.int64, self.plan.planes * (self.plan.lists + 1)).reshape(self.plan.planes, -1)
+            int64_t[:, :, ::1] starts = np.frombuffer(
+                self.starts.raw, np.int64, self.plan.planes * (self.plan.lists + 1)
+            ).reshape(self.plan.spans, -1, self.plan.s.out_channels)
         kind = np.dtype([("position", np.int32), ("value", self.dtype)], align=True)
         room = self.plan.planes * (self.plan.s.capacity + 16)
         if self.dtype == np.int8:
@@ -121,11 +126,11 @@ cdef class Entries:
             entries = np.frombuffer(self.entries.raw, kind, room)
         found = []
         for plane in range(self.plan.planes):
+            span, channel = divmod(plane, self.plan.s.out_channels)
             for i in range(self.plan.lists):
-                if starts[plane, i + 1] > starts[plane, i]:
-                    run = entries[starts[plane, i]:starts[plane, i + 1]]
-                    found.append((plane // self.plan.s.out_channels, plane % self.plan.s.out_channels, i,
-                                  run["position"].copy(), run["value"].copy()))
+                if starts[span, i + 1, channel] > starts[span, i, channel]:
+                    run = entries[starts[span, i, channel]:starts[span, i + 1, channel]]
+                    found.append((span, channel, i, run["position"].copy(), run["value"].copy()))
         return found
 
 
