@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import math
 import time
 from dataclasses import dataclass, field, fields, replace
 
@@ -185,7 +186,7 @@ class Layer:
         start = time.perf_counter()
         dx, used = self.method.backward(self, x, weight, bias, geometry, dy, halo, into)
         self._ms += 1e3 * (time.perf_counter() - start)
-        values = dy.n * int(np.prod(dy.shape[1:]))
+        values = math.prod(dy.shape)
         self._values += values
         self._used += values if used is None else used.nnz
         self._clipped += 0 if used is None else used.clipped
