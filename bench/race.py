@@ -25,7 +25,7 @@ MAIN_PARTS = ("forward", "backward", "step")
 
 
 def run(cases, options, memory_peers=()):
-    """Times every case at every sparsity of options, prints as it goes, writes options.out.
+    """Times every case at its own sparsity, or at every one of options; prints as it goes, writes options.out.
 
     Workers live for all sparsities of one case. Returns the results, each {"case", "load",
     "peers": {name: {"seconds": {part: median}, "total", ...} or {"skipped": why}}}, and with

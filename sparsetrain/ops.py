@@ -166,7 +166,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     if dx is None:
         build = partial(build, dx=None)
     plan, steps = planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
-    pixels = y.n * y.array.shape[2] * y.array.shape[3] if norm.training else np.inf
+    pixels = y.n * y.array.shape[2] * y.array.shape[3] if norm.training else 0
     grad, accumulate = weight.gradient()
     if isinstance(x, Normed):
         forming["x_mean"] = x.norm.mean

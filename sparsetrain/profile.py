@@ -41,9 +41,9 @@ class Row:
     number a channel is left out. None if unknown: a layer that is not of this package.
     least_seconds: what the roofline allows for them, and level, the memory that holds the bytes; None without bytes.
     kernel: "", "sparse", or "dense, N at once" for so many output channels, with "bands" before it where the pass runs
-    band by band and "8 bits" where products are of bytes; "dense, features at once" needs no plan. plans: of each
-    product, and each phase of a strided one, as _described(). bands: {"run", "rows", "tasks"}, output rows of a task
-    and of a band. fused: what else the pass does, in words.
+    band by band and "8 bits" where products, or the gradient alone, are of bytes; "dense, features at once" needs no
+    plan. plans: of each product, and each phase of a strided one, as _described(). bands: {"run", "rows", "tasks"},
+    output rows of a task and of a band. fused: what else the pass does, in words.
     """
 
     layer: str

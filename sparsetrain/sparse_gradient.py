@@ -152,7 +152,8 @@ def _entries(x, weight, geometry, dy, selection, expected):
         return None, None
     start = time.perf_counter()
     how = plan_for(x, weight, geometry, dy, expected)
-    if 0 < selection.limit < 128 and dy.dtype == np.float32 and how.positions <= slabs.MOST_POSITION:
+    fits = 0 < selection.limit < 128 and dy.dtype == np.float32 and how.positions <= slabs.MOST_POSITION
+    if selection.kind == core.DITHER and fits:
         entries = core.int8_compress(how, dy.array, selection.step, selection.limit, selection.seed)
     else:
         entries = core.compress(how, dy.array, **_arguments(selection, dy))

@@ -81,7 +81,7 @@ class Run:
 
 def main():
     quick = ["small-cnn/exact/*", "small-cnn/GMP-0.9/*", "small-cnn/s=2/*"]
-    options = common.parse(__doc__, seeds=[0], epochs="the net's, see common.py", quick_only=quick)
+    options = common.parse(__doc__, seeds=[0], epochs="the net's, as in sparseprop.py", quick_only=quick)
     runs, found = common.Runs(options), {}
     for model in MODELS:
         how = common.recipe(options, model, sparseprop.LONGER)

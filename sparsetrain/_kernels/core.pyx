@@ -818,7 +818,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     """Gradients of conv_bands(): those of the weights to grad, and that of its input to dx (added if add_to_dx) unless None.
 
     g: that of the batch norm of y, zero where its ReLU is closed; y_sums, inverse: as of norm_parameter_gradients(); the
-    gradient of y is y_scale (g - (y_sums[0] + (y - y_mean) y_sums[1] inverse^2) / pixels). values: those of each Plan of plan.input. Returns, if scale is given, the sums (2, channels) of dx, which is
+    gradient of y is y_scale (g - (y_sums[0] + (y - y_mean) y_sums[1] inverse^2) / pixels), or y_scale g if pixels is 0, as in
+    evaluation. values: those of each Plan of plan.input. Returns, if scale is given, the sums (2, channels) of dx, which is
     made zero where the ReLU of x is closed, and of dx (x - x_mean).
     """
     cdef:
@@ -841,8 +842,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     same_length("y_sums", y_sums.shape[1], y.shape[1])
     same_length("inverse", inverse.shape[0], y.shape[1])
     for c in range(y.shape[1]):
-        lines[0, c] = <floating>(y_sums[0, c] / pixels)
-        lines[1, c] = <floating>(y_sums[1, c] / pixels * (inverse[c] * inverse[c]))
+        lines[0, c] = <floating>(y_sums[0, c] / pixels) if pixels else 0
+        lines[1, c] = <floating>(y_sums[1, c] / pixels * (inverse[c] * inverse[c])) if pixels else 0
     a.y_scale, a.y_mean, a.mean_g, a.slope = &y_scale[0], &y_mean[0], &lines[0, 0], &lines[1, 0]
     a.dy_halo[0], a.dy_halo[1] = plan.dy_halo[0], plan.dy_halo[1]
     a.dy_channel, a.dy_row, a.dy_size = plan.dy_channel, plan.dy_row, plan.dy_size

@@ -161,15 +161,17 @@ template <class T> struct Kernels {
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);
 
     // Sparse output gradients: lists of entries of the planes (span x output channel) [begin, end), starts as in starts_of(),
-    // counted from `entries`. The planes of one call lie side by side.
-    // scratch holds 16 entries more than an image block has values.
+    // counted from `entries`. compress() puts the planes of one call side by side; scratch holds 16 entries more than an image
+    // block has values.
     void (*compress)(const Slabs *, const Sparsifier<T> *, View<T> dy, long begin, long end, Entry<T> *entries, int64_t *starts,
                      int64_t *clipped, Entry<T> *scratch);
     void (*sparsify)(const Slabs *, const Sparsifier<T> *, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
                      int64_t *clipped);
+    // All channels of the chosen pixels: where they are, for the spans [begin, end), and their entries as of compress()
     void (*find_places)(const Slabs *, View<T> dy, const T *chosen, long begin, long end, Place *places, int64_t *starts);
     void (*gather_places)(const Slabs *, View<T> dy, const Place *places, const int64_t *place_starts, long begin, long end,
                           Entry<T> *entries, int64_t *starts);
+    // The entries of a plain image (out_channels, out_height, out_width), each channel's at its own place
     void (*list_image)(const Slabs *, const T *image, long begin, long end, Entry<T> *entries, int64_t *starts);
     void (*sum_images)(Shape, View<T> x, T *sums, long begin, long end);
     void (*remember)(Shape, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end);

@@ -250,7 +250,7 @@ void find_places(const Slabs *slabs, View<T> dy, const T *chosen, long begin, lo
     const long lists = s.bands * lists_of_band(s);
     for (long span = begin; span < end; span++) {
         const long first = span * s.span;
-        Place *out = places + span * (s.capacity + 1);
+        Place *out = places + span * s.capacity;
         int64_t *start = starts + span * (lists + 1);
         long n = 0;
         for (long band = 0; band < s.bands; band++) {
@@ -288,7 +288,7 @@ void gather_places(const Slabs *slabs, View<T> dy, const Place *places, const in
         for (long b = 0; b < s.span && span * s.span + b < s.blocks; b++)
             for (long r = 0; r < s.out_height; r++)
                 for (long c = 0; c < s.out_width; c++) __builtin_prefetch(g + b * dy.block + r * dy.row + c * IMAGES);
-        const Place *place = places + span * (s.capacity + 1);
+        const Place *place = places + span * s.capacity;
         const int64_t *from = place_starts + span * (lists + 1);
         int64_t *start = starts_of(s, starts, plane);
         for (long list = 0; list <= lists; list++) start[list * s.out_channels] = n + from[list];
@@ -457,10 +457,11 @@ INLINE void read_slab(const Slabs &s, View<T> x, int zero, long first, long bloc
                 continue;
             }
             const T *in = pixel_row(x, first + b, whole_numbers<T> ? channel / 4 : channel, h);
-            if (s.lanes == 1) {
-                read_row(s, in, x.channel, channels, out);
-                continue;
-            }
+            if constexpr (!whole_numbers<T>)
+                if (s.lanes == 1) {
+                    read_row(s, in, x.channel, channels, out);
+                    continue;
+                }
             for (long c = 0; c < s.width; c += L)
                 for (long w = 0; w < s.in_width; w++)
                     for (long lane = 0; lane < IMAGES; lane += L) {
@@ -474,7 +475,8 @@ INLINE void read_slab(const Slabs &s, View<T> x, int zero, long first, long bloc
     }
 }
 
-// The finished rows of a slab of dx, plus the plain image base if there is one, to dx.
+// The finished rows of a slab of dx times scale, plus the plain image base if there is one, to dx; those of a plain image as
+// they are.
 template <class T>
 INLINE void write_slab(const Slabs &s, View<Result<T>> dx, Result<T> scale, long first, long blocks, long channel, long band, const T *slab,
                        View<Result<T>> base, bool accumulate) {
@@ -737,7 +739,7 @@ void pack_slab_weights(long begin, long end, long rows, long channels, long taps
         }
 }
 
-// And back: grad (+)= the sum of `parts` packed gradients, each of n values
+// And back: grad (+)= scale times the sum of `parts` packed gradients, each of n values
 template <class T>
 INLINE void unpack_weights_of(long begin, long end, long rows, long channels, long taps, long width, long parts, long n,
                               const T *packed, Result<T> scale, Result<T> *grad, bool accumulate) {

@@ -40,6 +40,12 @@ cdef class SlabPlan:
     positions = property(lambda self: (<SlabPlan>self).slab())
     list_values = property(lambda self: (<SlabPlan>self).s.capacity / (<SlabPlan>self).lists)  # used or not
 
+    cdef tuple layer(self):
+        """What plans of an image and of a batch must have in common to share packed weights."""
+        cdef Slabs *s = &self.s
+        return (s.width, s.channels, s.height, s.in_width, s.out_channels, s.out_height, s.out_width,
+                s.kernel, s.stride, s.padding, s.dilation)
+
     cdef long slab(self):
         """Elements of a slab."""
         return self.s.span * self.s.lanes * self.s.image
@@ -86,14 +92,14 @@ cdef class Entries:
 
     def __dealloc__(self):
         if self.entries is not None:
-            give_back(f"entries of {self.plan.s.blocks} blocks", self.entries)
-            give_back(f"starts of {self.plan.s.blocks} blocks", self.starts)
+            give_back(f"entries of {self.plan.s.blocks} blocks of {self.plan.s.lanes}", self.entries)
+            give_back(f"starts of {self.plan.s.blocks} blocks of {self.plan.s.lanes}", self.starts)
 
     cdef int make(self, SlabPlan plan, dtype, long bytes) except -1:
         """Memory for entries of so many bytes each."""
         self.plan, self.dtype, self.unit = plan, np.dtype(dtype), 1.0
-        self.entries = borrow(f"entries of {plan.s.blocks} blocks", plan.planes * (plan.s.capacity + 16) * bytes)
-        self.starts = borrow(f"starts of {plan.s.blocks} blocks", plan.planes * (plan.lists + 1) * sizeof(int64_t))
+        self.entries = borrow(f"entries of {plan.s.blocks} blocks of {plan.s.lanes}", plan.planes * (plan.s.capacity + 16) * bytes)
+        self.starts = borrow(f"starts of {plan.s.blocks} blocks of {plan.s.lanes}", plan.planes * (plan.lists + 1) * sizeof(int64_t))
         return 0
 
     cdef int count(self, const int64_t[::1] clipped) noexcept:
@@ -146,8 +152,8 @@ cdef Sparsifier[floating] sparsifier(SlabPlan p, int kind, double step, long lim
             raise ValueError("base must have the shape of one image of dy")
         how.base = &base[0, 0, 0]
     if chosen is not None:
-        if base is not None or thresholds is not None:
-            raise ValueError("chosen goes without base and thresholds")
+        if base is not None or thresholds is not None or kind == DITHER:
+            raise ValueError("chosen goes without base, thresholds and dither")
         if (chosen.shape[0], chosen.shape[1], chosen.shape[2], chosen.shape[3]) != (
                 p.s.blocks, p.s.out_height, p.s.out_width, 16):
             raise ValueError("chosen must have the shape (blocks, height, width, 16) of dy")
@@ -164,7 +170,7 @@ cdef int gather(Entries out, View[floating] dy, const floating *chosen) except -
         SlabPlan p = out.plan
         Entry[floating] *e = <Entry[floating] *>out.entries.data
         int64_t *starts = <int64_t *>out.starts.data
-        Buffer places = borrow("places", p.spans * (p.s.capacity + 1) * sizeof(Place))
+        Buffer places = borrow("places", p.spans * p.s.capacity * sizeof(Place))
         Buffer firsts = borrow("starts of places", p.spans * (p.lists + 1) * sizeof(int64_t))
         Place *place = <Place *>places.data
         int64_t *first = <int64_t *>firsts.data
@@ -277,8 +283,7 @@ cdef class Base(Entries):
     cdef void *values(self, SlabPlan plan, long size) except NULL:
         """The sum, of values of so many bytes; ValueError unless the plan's packed weights can be shared."""
         check_dtype(self, size)
-        if (self.plan.s.width, self.plan.s.out_channels, self.plan.s.channels, self.plan.taps) != (
-                plan.s.width, plan.s.out_channels, plan.s.channels, plan.taps):
+        if self.plan.layer() != plan.layer():
             raise ValueError("the plan of base was made for another layer")
         return self.total.data
 
@@ -432,6 +437,8 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
     fits[floating](p, x, None)
     xv = bv = view(x)
     if base is not None:
+        if levels:
+            raise ValueError("entries of 8 bits have no base")
         bv = plain[floating](bp, <floating *>base.values(p, sizeof(floating)))
         be, b_starts = <const Entry[floating] *>base.entries.data, <const int64_t *>base.starts.data
     same_length("grad", grad.shape[0], rows * p.s.channels * p.taps)

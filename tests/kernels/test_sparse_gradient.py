@@ -448,12 +448,17 @@ def test_arguments_that_do_not_fit():
     of_one, wide = planned(conv, np.float32, lanes=1)[0], planned(replace(conv, in_channels=40), np.float32, lanes=1)[0]
     wide_x = arrays.pack(np.ones((1, 40, *conv.size), np.float32)).array
     other = core.base(wide, dy[0], wide_x, 1)
+    fitting, levels = core.base(of_one, dy[0], a.array, 1), core.int8_compress(plan, g.array, 0.25, 127, 1)
+    large = replace(conv, size=tuple(n + 2 for n in conv.size))
+    larger_x, larger_dy, _ = operands(large, np.float32)
+    larger = core.base(planned(large, np.float32, lanes=1)[0], larger_dy[0], arrays.pack(larger_x).array, 1)
+    pixels = g.array[:, 0].copy()
     runs = [
         (lambda: core.compress(plan, a.array, core.THRESHOLD), ValueError, "another shape of dy"),
         (lambda: core.compress(plan, g.array, core.THRESHOLD, base=x[0]), ValueError, "base must"),
         (lambda: core.compress(plan, g.array, core.THRESHOLD, chosen=x[:, 0, :, :, None]), ValueError, "chosen must"),
         (
-            lambda: core.compress(plan, g.array, core.THRESHOLD, chosen=g.array[:, 0].copy(), base=dy[0]),
+            lambda: core.compress(plan, g.array, core.THRESHOLD, chosen=pixels, base=dy[0]),
             ValueError,
             "goes",
         ),
@@ -471,6 +476,9 @@ def test_arguments_that_do_not_fit():
             ValueError,
             "another layer",
         ),
+        (lambda: core.slab_input_gradient(entries, w.reshape(-1), a.array, False, larger), ValueError, "another layer"),
+        (lambda: core.slab_weight_gradient(levels, a.array, w.reshape(-1), False, fitting), ValueError, "have no base"),
+        (lambda: core.compress(plan, g.array, core.DITHER, 1.0, chosen=pixels), ValueError, "chosen goes without"),
         (lambda: core.base(plan, dy[0], a.array, 1), ValueError, "not that of one image"),
         (lambda: core.base(of_one, dy[0, 1:], a.array, 1), ValueError, "another shape of dy"),
         (lambda: core.base(of_one, dy[0], wide_x, 1), ValueError, "another shape of x"),

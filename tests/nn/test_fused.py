@@ -118,6 +118,17 @@ def test_in_evaluation_mode_too(name):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1, np.abs(b).max()))
 
 
+def test_in_evaluation_what_is_not_finite_stays_in_its_image():
+    model = nn.Sequential(
+        *(layer for _ in range(2) for layer in (nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)))
+    )
+    model(np.random.default_rng(0).standard_normal((32, 3, 16, 16)).astype(np.float32))
+    model.eval()
+    dy = np.ones_like(model(np.ones((32, 3, 16, 16), np.float32)))
+    dy[0, :, 0, 0] = np.inf
+    assert np.isfinite(model.backward(dy)[1:]).all()
+
+
 @pytest.mark.parametrize("name", ["shortcuts", "no ReLU, wide stride"])
 def test_same_bits_on_any_number_of_threads(name, same_bits):
     same_bits(lambda: step(net(name).to(np.float32).to(np.float64), n=40))
