@@ -53,11 +53,7 @@ core = Extension(
     [f"{HERE}/core.pyx"],
     language="c++",
     include_dirs=[HERE],
-    depends=glob(f"{HERE}/*.hh")
-    + [
-        f"{HERE}/{name}"
-        for name in ("kernels.cc", "int8.cc", "core.pyx", "sparse_gradient.pxi", "int8.pxi", "kernels.pxd")
-    ],
+    depends=[path for end in ("cc", "hh", "pyx", "pxi", "pxd") for path in glob(f"{HERE}/*.{end}")],
     extra_compile_args=["-std=c++20", "-O2", *OPENMP],
     extra_link_args=OPENMP,
 )

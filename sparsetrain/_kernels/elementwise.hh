@@ -1,5 +1,18 @@
 // Elementwise layers over the planes (image block x channel) of blocked arrays, copies and conversions.
 
+template <class T> struct ImageValues {
+    typedef T values __attribute__((vector_size(IMAGES * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+template <class T> using Values = typename ImageValues<T>::values;  // one of each image of a block
+typedef int32_t Ints __attribute__((vector_size(IMAGES * sizeof(int32_t))));
+constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// 1 for each image of a block, 0 for a padding lane.
+template <class T> INLINE Values<T> real_images(long block, long images) {
+    const Ints left = Ints{} + (int32_t)(images - block * IMAGES < IMAGES ? images - block * IMAGES : IMAGES);
+    return __builtin_convertvector((LANES < left) & 1, Values<T>);
+}
+
 template <class T> INLINE T *pixel_row(const View<T> &v, long b, long c, long h) {
     return v.data + b * v.block + c * v.channel + h * v.row;
 }
@@ -109,4 +122,65 @@ template <class T> void from_blocked(Shape s, View<T> x, T *y, long begin, long 
                 for (long w = first; w < last; w++) yr[i * image + w] = xr[w * IMAGES + i];
         }
     }, x);
+}
+
+// sums (channels, height, width) of x over the images, for channels [begin, end)
+template <class T> void sum_images(Shape s, View<T> x, T *sums, long begin, long end) {
+    constexpr long L = Vec<T>::lanes, PIXELS = 8;
+    FlushToZero flush;
+    for (long c = begin; c < end; c++)
+        for (long h = 0; h < s.height; h++)
+            for (long w = 0; w < s.width; w += PIXELS) {
+                const long n = s.width - w < PIXELS ? s.width - w : PIXELS;
+                V<T> total[PIXELS] = {};
+                for (long b = 0; b < s.blocks; b++) {
+                    const Values<T> real = real_images<T>(b, s.images);
+                    const T *p = pixel_row(x, b, c, h) + w * IMAGES;
+                    for (long i = 0; i < n; i++) {
+                        __builtin_prefetch(p + x.channel + i * IMAGES);
+                        for (long lane = 0; lane < IMAGES; lane += L)
+                            total[i] += load(p + i * IMAGES + lane) * load((const T *)&real + lane);
+                    }
+                }
+                T out[PIXELS] = {};
+                for (long i = 0; i < PIXELS; i += 4) add_sums<T>(total + i, out + i);
+                for (long i = 0; i < n; i++) sums[(c * s.height + h) * s.width + w + i] = out[i];
+            }
+}
+
+// m = m keep + scale x, keep (blocks, height, width, 16) or null; norms, as keep, get the sums over the channels of m m added.
+// Columns of x are `step` elements apart. For the pixel rows [begin, end) of all blocks.
+template <class T>
+void remember(Shape s, View<T> m, View<T> x, long step, T scale, const T *keep, T *norms, long begin, long end) {
+    FlushToZero flush;
+    for (long row = begin; row < end; row++) {
+        const long b = row / s.height, h = row % s.height;
+        for (long c = 0; c < s.channels; c++) {
+            T *mr = pixel_row(m, b, c, h);
+            const T *xr = pixel_row(x, b, c, h);
+            for (long w = 0; w < s.width; w++) {
+                const long place = (row * s.width + w) * IMAGES;
+                Values<T> v = *(const Values<T> *)(mr + w * IMAGES);
+                if (keep) v *= *(const Values<T> *)(keep + place);
+                v += *(const Values<T> *)(xr + w * step) * scale;
+                *(Values<T> *)(mr + w * IMAGES) = v;
+                *(Values<T> *)(norms + place) += v * v;
+            }
+        }
+    }
+}
+
+// norms (blocks, height, width, 16) += the sums over the channels of x x, for the pixel rows [begin, end) of all blocks
+template <class T> void square_norms(Shape s, View<T> x, T *norms, long begin, long end) {
+    FlushToZero flush;
+    for (long row = begin; row < end; row++) {
+        const T *in = pixel_row(x, row / s.height, 0, row % s.height);
+        T *norm = norms + row * s.width * IMAGES;
+        for (long c = 0; c < s.channels; c++, in += x.channel)
+            for (long i = 0; i < s.width * IMAGES; i += IMAGES) {
+                __builtin_prefetch(in + x.channel + i);
+                const Values<T> v = *(const Values<T> *)(in + i);
+                *(Values<T> *)(norm + i) += v * v;
+            }
+    }
 }

@@ -9,6 +9,7 @@ namespace {
 #include "vec.hh"
 #include "product.hh"
 #include "elementwise.hh"
+#include "entries.hh"
 #include "sparse_gradient.hh"
 #include "int8.hh"
 }  // namespace

@@ -105,11 +105,10 @@ def int8_spmm(Plan plan, int32_t[:, :, :, :, :] quads, const int32_t[::1] values
     a.x, a.y, a.y_channel = xv.data, <int32_t *>yv.data + plan.y_origin, yv.channel
     a.values = &values[0] if plan.n_values else NULL
     a.bias, a.shift, a.scale, a.relu = &start[0], &shift[0], scale, relu
-    scratch = borrow("scratch", each * threads * sizeof(int32_t))
+    scratch = Buffer("scratch", each * threads * sizeof(int32_t))
     s = <int32_t *>scratch.data
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.int8_spmm(&a, i, s + each * threadid())
-    give_back("scratch", scratch)
 
 
 def int8_compress(SlabPlan plan, float[:, :, :, :, :] dy, double step, long limit, uint64_t seed):
@@ -125,7 +124,7 @@ def int8_compress(SlabPlan plan, float[:, :, :, :, :] dy, double step, long limi
         int threads = team(n, 2. * n * plan.s.capacity)
         long chunks = chunks_of(n, threads)
         long each = plan.s.capacity // plan.s.span + 16
-        Buffer scratch = borrow("scratch", each * threads * sizeof(Entry[float]))
+        Buffer scratch = Buffer("scratch", each * threads * sizeof(Entry[float]))
         Entry[float] *s = <Entry[float] *>scratch.data
         PackedEntry *e
         int64_t *starts
@@ -139,7 +138,6 @@ def int8_compress(SlabPlan plan, float[:, :, :, :, :] dy, double step, long limi
     e, starts = <PackedEntry *>out.entries.data, <int64_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.int8_compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips, s + each * threadid())
-    give_back("scratch", scratch)
     out.count(clipped)
     return out
 
@@ -154,7 +152,7 @@ def int8_input_gradient(Entries entries, const int8_t[::1] weights, double scale
         long n = p.spans * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads)
-        Buffer packed = borrow("parts", p.weights() * sizeof(int32_t)), slabs = borrow("slabs", each * threads * sizeof(int32_t))
+        Buffer packed = Buffer("parts", p.weights() * sizeof(int32_t)), slabs = Buffer("slabs", each * threads * sizeof(int32_t))
         int32_t *s = <int32_t *>slabs.data
         int32_t *w = <int32_t *>packed.data
         const int8_t *levels = &weights[0]
@@ -166,8 +164,6 @@ def int8_input_gradient(Entries entries, const int8_t[::1] weights, double scale
         kernels.int8_pack_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, levels, w)
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.int8_input_gradient(&p.s, d, scale, e, starts, i, w, 0, none, accumulate, s + each * threadid())
-    give_back("parts", packed)
-    give_back("slabs", slabs)
 
 
 def int8_weight_gradient(Entries entries, int32_t[:, :, :, :, :] quads, int zero, double scale, float[::1] grad, bint accumulate):
@@ -180,7 +176,7 @@ def int8_weight_gradient(Entries entries, int32_t[:, :, :, :, :] quads, int zero
         long parts = p.parts, n = parts * p.channel_groups, i, each = p.slab(), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads), values = p.weights()
-        Buffer packed = borrow("parts", parts * values * sizeof(int32_t)), slabs = borrow("slabs", each * threads * sizeof(int32_t))
+        Buffer packed = Buffer("parts", parts * values * sizeof(int32_t)), slabs = Buffer("slabs", each * threads * sizeof(int32_t))
         int32_t *s = <int32_t *>slabs.data
         int32_t *dw = <int32_t *>packed.data
         float *out = &grad[0]  # OUT
@@ -194,5 +190,3 @@ def int8_weight_gradient(Entries entries, int32_t[:, :, :, :, :] quads, int zero
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.int8_unpack_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, parts,
                                     values, dw, scale, out, accumulate)
-    give_back("parts", packed)
-    give_back("slabs", slabs)

@@ -10,6 +10,7 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 #include "vec.hh"
 #include "product.hh"
 #include "elementwise.hh"
+#include "entries.hh"
 #include "sparse_gradient.hh"
 #include "norm.hh"
 #include "bands.hh"

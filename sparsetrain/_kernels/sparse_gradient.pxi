@@ -90,16 +90,12 @@ cdef class Entries:
         readonly object dtype
         Buffer entries, starts
 
-    def __dealloc__(self):
-        if self.entries is not None:
-            give_back(f"entries of {self.plan.s.blocks} blocks of {self.plan.s.lanes}", self.entries)
-            give_back(f"starts of {self.plan.s.blocks} blocks of {self.plan.s.lanes}", self.starts)
-
     cdef int make(self, SlabPlan plan, dtype, long bytes) except -1:
         """Memory for entries of so many bytes each."""
         self.plan, self.dtype, self.unit = plan, np.dtype(dtype), 1.0
-        self.entries = borrow(f"entries of {plan.s.blocks} blocks of {plan.s.lanes}", plan.planes * (plan.s.capacity + 16) * bytes)
-        self.starts = borrow(f"starts of {plan.s.blocks} blocks of {plan.s.lanes}", plan.planes * (plan.lists + 1) * sizeof(int64_t))
+        size = f"{plan.s.blocks} blocks of {plan.s.lanes}"
+        self.entries = Buffer(f"entries of {size}", plan.planes * (plan.s.capacity + 16) * bytes)
+        self.starts = Buffer(f"starts of {size}", plan.planes * (plan.lists + 1) * sizeof(int64_t))
         return 0
 
     cdef int count(self, const int64_t[::1] clipped) noexcept:
@@ -120,16 +116,16 @@ cdef class Entries:
         cdef:
             long plane, i
             int64_t[:, :, ::1] starts = np.frombuffer(
-                self.starts.raw, np.int64, self.plan.planes * (self.plan.lists + 1)
+                self.starts.memory.raw, np.int64, self.plan.planes * (self.plan.lists + 1)
             ).reshape(self.plan.spans, -1, self.plan.s.out_channels)
         kind = np.dtype([("position", np.int32), ("value", self.dtype)], align=True)
         room = self.plan.planes * (self.plan.s.capacity + 16)
         if self.dtype == np.int8:
-            bits = np.frombuffer(self.entries.raw, np.int32, room)
+            bits = np.frombuffer(self.entries.memory.raw, np.int32, room)
             entries = np.empty(room, kind)
             entries["position"], entries["value"] = bits >> 8, bits.astype(np.int8)
         else:
-            entries = np.frombuffer(self.entries.raw, kind, room)
+            entries = np.frombuffer(self.entries.memory.raw, kind, room)
         found = []
         for plane in range(self.plan.planes):
             span, channel = divmod(plane, self.plan.s.out_channels)
@@ -170,8 +166,8 @@ cdef int gather(Entries out, View[floating] dy, const floating *chosen) except -
         SlabPlan p = out.plan
         Entry[floating] *e = <Entry[floating] *>out.entries.data
         int64_t *starts = <int64_t *>out.starts.data
-        Buffer places = borrow("places", p.spans * p.s.capacity * sizeof(Place))
-        Buffer firsts = borrow("starts of places", p.spans * (p.lists + 1) * sizeof(int64_t))
+        Buffer places = Buffer("places", p.spans * p.s.capacity * sizeof(Place))
+        Buffer firsts = Buffer("starts of places", p.spans * (p.lists + 1) * sizeof(int64_t))
         Place *place = <Place *>places.data
         int64_t *first = <int64_t *>firsts.data
         long n = p.planes, c
@@ -182,8 +178,6 @@ cdef int gather(Entries out, View[floating] dy, const floating *chosen) except -
         kernels.find_places(&p.s, dy, chosen, p.spans * c // spans, p.spans * (c + 1) // spans, place, first)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.gather_places(&p.s, dy, place, first, n * c // chunks, n * (c + 1) // chunks, e, starts)
-    give_back("places", places)
-    give_back("starts of places", firsts)
     out.count(np.zeros(n, np.int64))
     return 0
 
@@ -211,13 +205,12 @@ def compress(SlabPlan plan, floating[:, :, :, :, :] dy, int kind, double step=0,
     if chosen is not None:
         gather[floating](out, g, how.chosen)
         return out
-    scratch = borrow("scratch", each * threads * sizeof(Entry[floating]))
+    scratch = Buffer("scratch", each * threads * sizeof(Entry[floating]))
     s = <Entry[floating] *>scratch.data
     e, starts = <Entry[floating] *>out.entries.data, <int64_t *>out.starts.data
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.compress(&plan.s, &how, g, n * c // chunks, n * (c + 1) // chunks, e, starts, clips,
                          s + each * threadid())
-    give_back("scratch", scratch)
     out.count(clipped)
     return out
 
@@ -276,10 +269,6 @@ cdef class Base(Entries):
     """Entries of one image that stands for all, and the sum of what they read, a plain array. base() makes it."""
     cdef Buffer total
 
-    def __dealloc__(self):
-        if self.total is not None:
-            give_back("total", self.total)
-
     cdef void *values(self, SlabPlan plan, long size) except NULL:
         """The sum, of values of so many bytes; ValueError unless the plan's packed weights can be shared."""
         check_dtype(self, size)
@@ -316,7 +305,7 @@ def base(SlabPlan plan, const floating[:, :, ::1] image, floating[:, :, :, :, :]
         raise ValueError("the plan was made for another shape of x")
     out.make(plan, np.float32 if sizeof(floating) == 4 else np.float64, sizeof(Entry[floating]))
     e, starts = <Entry[floating] *>out.entries.data, <int64_t *>out.starts.data
-    out.total = borrow("total", (n * s.height * s.width + 16) * sizeof(floating))  # read_row() reads past the end
+    out.total = Buffer("total", (n * s.height * s.width + 16) * sizeof(floating))  # read_row() reads past the end
     sums = <floating *>out.total.data
     for c in prange(row_chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.list_image(&plan.s, values, rows * c // row_chunks, rows * (c + 1) // row_chunks, e, starts)
@@ -379,7 +368,7 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
         long n = p.spans * p.channel_groups, i, each = max(p.slab(), bp.slab()), rows = p.s.out_channels, c
         int threads = team(n, p.work(entries.nnz) + p.channel_groups * each)
         long chunks = chunks_of(rows, threads), row = p.s.channels if p.in_place() else 0
-        Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
+        Buffer packed, slabs = Buffer("slabs", each * threads * sizeof(floating))
         floating *s = <floating *>slabs.data
         const floating *w = &weights[0]
         floating *packing
@@ -391,7 +380,7 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
     none.data = NULL
     b = none
     if not row:
-        packed = borrow("parts", p.weights() * sizeof(floating))
+        packed = Buffer("parts", p.weights() * sizeof(floating))
         packing = <floating *>packed.data
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.pack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, w,
@@ -408,9 +397,6 @@ def slab_input_gradient(Entries entries, const floating[::1] weights, floating[:
                                               s + each * threadid())
         else:
             kernels.slab_input_gradient(&p.s, d, e, starts, i, w, row, b, accumulate, s + each * threadid())
-    if not row:
-        give_back("parts", packed)
-    give_back("slabs", slabs)
 
 
 def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::1] grad, bint accumulate, Base base=None):
@@ -430,7 +416,7 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         bint direct = p.in_place() and not accumulate and sums == 1 and not levels
         floating unit = <floating>entries.unit
         long row = p.s.channels if direct else 0, values = p.weights()
-        Buffer packed, slabs = borrow("slabs", each * threads * sizeof(floating))
+        Buffer packed, slabs = Buffer("slabs", each * threads * sizeof(floating))
         floating *s = <floating *>slabs.data
         floating *dw
         floating *out = &grad[0]  # OUT
@@ -444,7 +430,7 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
     same_length("grad", grad.shape[0], rows * p.s.channels * p.taps)
     dw = out
     if not direct:
-        packed = borrow("parts", sums * values * sizeof(floating))
+        packed = Buffer("parts", sums * values * sizeof(floating))
         dw = <floating *>packed.data
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         if floating is float and levels:
@@ -460,8 +446,6 @@ def slab_weight_gradient(Entries entries, floating[:, :, :, :, :] x, floating[::
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.unpack_slab_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, p.s.channels, p.taps, p.s.width, sums,
                                         values, dw, unit, out, accumulate)
-        give_back("parts", packed)
-    give_back("slabs", slabs)
 
 
 cdef bint are_levels(Entries entries, long size) except -1:

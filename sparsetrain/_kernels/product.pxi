@@ -1,0 +1,235 @@
+# ---- products with stored weights; part of core.pyx
+
+cdef class Plan:
+    """How one product of stored weights with blocked arrays runs; ops.py builds it.
+
+    offsets int32: elements from a position of x to what an entry reads, then 3 numbers of padding.
+    segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
+    first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
+    (block, channel, row) each, that the offsets and the tiling were made for. group: channels of x in a segment.
+    order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
+    x_pixels, y_pixels: rows and columns of x and y from one position to the next; y_origin: the pixel of y of the
+    first position; x_origin: the first pixel to fetch ahead for it; overlap: how many pixels more than x_pixels a
+    position to fetch.
+    """
+    cdef:
+        readonly tuple tile, order
+        readonly long rows_at_once, parts, group, n_chunks
+        const int32_t[::1] _offsets, _chunks, _first_value
+        const int32_t[:, ::1] _segments
+        long rows, n_values, n_tiles
+        long extent[3]
+        long _tile[3]
+        long x_step[3]
+        long y_step[3]
+        long x_strides[3]
+        long y_strides[3]
+        long pixels[3]
+        long overlap[3]
+        long pixel[3]
+        long x_origin, y_origin, channels
+        double work
+
+    def __init__(self, *, const int32_t[::1] offsets, const int32_t[:, ::1] segments, const int32_t[::1] chunks,
+                 const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
+                 overlap, x_origin, y_origin, long channels, long group, long rows, long rows_at_once, long n_values,
+                 long parts, double work):
+        cdef int i
+        self.tile, self.order, self.group = tuple(tile), tuple(order), group
+        self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
+        self.rows, self.rows_at_once, self.n_values, self.parts = rows, rows_at_once, n_values, parts
+        self.n_chunks, self.work = chunks.shape[0] - 1, work
+        x_step = x_strides[0], x_strides[2] * x_pixels[0], 16 * x_pixels[1]
+        y_step = y_strides[0], y_strides[2] * y_pixels[0], 16 * y_pixels[1]
+        self.y_origin = y_strides[2] * y_origin[0] + 16 * y_origin[1]
+        self.x_origin = x_strides[2] * x_origin[0] + 16 * x_origin[1]
+        self.channels = channels
+        pixels, overlap, pixel = (1, *x_pixels), (0, *overlap), (x_strides[0], x_strides[2], 16)
+        self.n_tiles = 1
+        for i in range(3):
+            self.x_strides[i], self.y_strides[i] = x_strides[i], y_strides[i]
+            self.extent[i], self._tile[i] = extent[i], tile[i]
+            self.x_step[i], self.y_step[i] = x_step[order[i]], y_step[order[i]]
+            self.pixels[i], self.overlap[i], self.pixel[i] = pixels[order[i]], overlap[order[i]], pixel[order[i]]
+            self.n_tiles *= (self.extent[i] + self._tile[i] - 1) // self._tile[i]
+
+    @property
+    def n_tasks(self):
+        """Tasks that the product is cut into, the same for any number of threads."""
+        return self.n_tiles * self.n_chunks
+
+
+cdef Product[number] product_of(Plan p, number example) noexcept:
+    """What the plan says; where x and y lie is still to be set."""
+    cdef:
+        Product[number] a
+        int i
+    a.y_channel = p.y_strides[1]
+    a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
+    a.rows, a.rows_at_once, a.n_values, a.parts = p.rows, p.rows_at_once, p.n_values, p.parts
+    a.first_value = &p._first_value[0] if p._first_value is not None else NULL
+    a.accumulate = a.relu = False
+    a.bias = NULL
+    a.values = NULL
+    for i in range(3):
+        a.extent[i], a.tile[i], a.x_step[i], a.y_step[i] = p.extent[i], p._tile[i], p.x_step[i], p.y_step[i]
+        a.pixels[i], a.overlap[i], a.pixel[i] = p.pixels[i], p.overlap[i], p.pixel[i]
+    a.origin, a.x_channel, a.channels = p.x_origin, p.x_strides[1], p.channels
+    return a
+
+
+cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y) except *:
+    cdef:
+        Product[floating] a = product_of(p, <floating>0)
+        View[floating] xv = view(x), yv = view(y)
+        int i
+    for i in range(3):  # NumPy exports any stride for an axis of length 1
+        if (x.shape[i] > 1 and x.strides[i] != p.x_strides[i] * <long>sizeof(floating)
+                or y.shape[i] > 1 and y.strides[i] != p.y_strides[i] * <long>sizeof(floating)):
+            raise ValueError("the plan was made for arrays with other strides")
+    a.x, a.y, a.y_channel = xv.data, yv.data + p.y_origin, yv.channel
+    return a
+
+
+cdef class Memory:
+    """Aligned memory."""
+    cdef:
+        object raw
+        char *data
+
+    def __cinit__(self, long size):
+        cdef char[::1] raw = memory.zeros(size).view(np.int8)
+        self.raw, self.data = raw, &raw[0]
+
+
+cdef dict _idle = {}  # Memory by what it is for; taken out while in use, since another thread may call
+
+
+@no_gc  # else the collector would empty one that something in a cycle holds before that lets go of it
+cdef class Buffer:
+    """Memory of at least `size` bytes. The next Buffer for the same purpose gets it when this one is let go."""
+    cdef:
+        str purpose
+        Memory memory
+        char *data
+
+    def __cinit__(self, str purpose, long size):
+        self.purpose, self.memory = purpose, _idle.pop(purpose, None)
+        if self.memory is None or len(self.memory.raw) < size:
+            self.memory = Memory(size + 1)
+        self.data = self.memory.data
+
+    def __dealloc__(self):
+        _idle[self.purpose] = self.memory
+
+
+def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
+         floating[:, :, :, :, :] y, bint accumulate=False, bint relu=False):
+    """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]].
+
+    bias may be None; accumulate: add to y; relu: what is below zero becomes zero.
+    """
+    cdef:
+        Product[floating] a = product(plan, x, y)  # OUT y
+        long n = plan.n_tiles * plan.n_chunks, i
+        int threads = team(n, plan.work / 8)
+        # Neighbouring tiles share rows of x: a thread takes a run of them.
+        long run = max(1, n // (8 * threads))
+        long each = (plan.rows + plan.rows_at_once) * plan._tile[1] * plan._tile[2] * 16
+        Buffer scratch = Buffer("scratch", each * threads * sizeof(floating))
+        floating *s = <floating *>scratch.data
+    same_length("values", values.shape[0], plan.n_values)
+    if bias is not None:
+        same_length("bias", bias.shape[0], plan.rows)
+    a.values = &values[0] if plan.n_values else NULL
+    a.bias = &bias[0] if bias is not None else NULL
+    a.accumulate, a.relu = accumulate, relu
+    for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
+        kernels.spmm(&a, i, s + each * threadid())
+
+
+def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[::1] grad, bint accumulate):
+    """grad[e] = (grad[e] if accumulate) + the sum over positions p of dy[row(e), p] x[p + offsets[e]]."""
+    cdef:
+        Product[floating] a = product(plan, x, dy)
+        long tasks = plan.n_chunks * plan.parts, n = plan.n_values, i, c
+        int threads = team(tasks, plan.work / 8)
+        bint direct = plan.parts == 1 and not accumulate
+        Buffer parts
+        floating *p
+        floating *g
+        long chunks
+    same_length("grad", grad.shape[0], n)
+    if n == 0:
+        return
+    g = &grad[0]  # OUT
+    if not direct:
+        parts = Buffer("parts", n * plan.parts * sizeof(floating))
+    p = g if direct else <floating *>parts.data
+    a.dvalues = p
+    for i in prange(tasks, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.sddmm(&a, i)
+    if not direct:
+        threads = team(2, <double>n * plan.parts)
+        chunks = chunks_of(n, threads)
+        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, a.parts, p, g, accumulate)
+
+
+def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[:, ::1] grad, bint accumulate):
+    """grad[row] = (grad[row] if accumulate) + the sum over images of dy[row, image] x[image]: the weight gradient of a dense
+    linear layer. x and dy are 1x1 pixels; padding lanes are 0 in dy."""
+    cdef:
+        View[floating] xv = view(x), gv = view(dy)
+        long blocks = x.shape[0], rows = grad.shape[0], features = grad.shape[1], n = (rows + 23) // 24, c
+        long width = kernels.isas[<int>_ISAS[_isa]].build.features * 4 // sizeof(floating)
+        long groups = (features + width - 1) // width
+        int threads = team(n, <double>blocks * 2 * rows * features)
+        Buffer buffer = Buffer("parts", groups * width * blocks * 16 * sizeof(floating))
+        floating *p = <floating *>buffer.data
+        floating *g = &grad[0, 0]  # OUT
+    same_length("features of x", x.shape[1] * x.shape[2] * x.shape[3], features)
+    same_length("features of dy", dy.shape[1] * dy.shape[2] * dy.shape[3], rows)
+    same_length("blocks of dy", dy.shape[0], blocks)
+    for c in prange(groups, nogil=True, num_threads=threads, schedule="static"):
+        kernels.pack_features(c, c + 1, blocks, features, xv, p)
+    for c in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.linear_gradient(24 * c, min(24 * c + 24, rows), blocks, features, p, gv, g, accumulate)
+
+
+def pack_values(const floating[::1] weights, const int32_t[::1] source, long rows, long n_rows, long row_step,
+                floating[::1] values):
+    """values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows."""
+    cdef:
+        long entries = source.shape[0], n = entries * ((n_rows + rows - 1) // rows), c
+        int threads = team(2, <double>n * rows)
+        long chunks = chunks_of(n, threads)
+        const floating *w
+        const int32_t *from_
+        floating *v
+    same_length("values", values.shape[0], n * rows)
+    if n == 0:
+        return
+    w, from_, v = &weights[0], &source[0], &values[0]  # OUT values
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.pack_values(n * c // chunks, n * (c + 1) // chunks, entries, rows, n_rows, row_step, from_, w, v)
+
+
+def spread_values(const floating[::1] values, const int32_t[::1] place, floating[::1] dense):
+    """dense[place] = values."""
+    cdef long n = place.shape[0], c
+    cdef int threads = team(n, <double>n)
+    cdef long chunks = chunks_of(n, threads)
+    same_length("values", values.shape[0], n)
+    for c in prange(chunks if n else 0, nogil=True, num_threads=threads, schedule="static"):
+        kernels.spread_values(n * c // chunks, n * (c + 1) // chunks, &place[0], &values[0], &dense[0])  # OUT dense
+
+
+def collect_values(const floating[::1] dense, const int32_t[::1] place, floating[::1] values, bint accumulate):
+    """values[:] = (values if accumulate) + dense[place]."""
+    cdef long n = place.shape[0], c
+    cdef int threads = team(n, <double>n)
+    cdef long chunks = chunks_of(n, threads)
+    same_length("values", values.shape[0], n)
+    for c in prange(chunks if n else 0, nogil=True, num_threads=threads, schedule="static"):
+        kernels.collect_values(n * c // chunks, n * (c + 1) // chunks, &place[0], &dense[0], &values[0], accumulate)  # OUT values
