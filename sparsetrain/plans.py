@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from sparsetrain._kernels import core
-from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE
+from sparsetrain._kernels.core import AFTER_OFFSETS, FIRST, LAST, ROWS_AT_ONCE
 from sparsetrain.choices import kept
 from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 
@@ -118,7 +118,7 @@ def _plan(
     if rows_bytes > L2_BYTES:
         known[0] = 0
     return core.Plan(
-        offsets=np.r_[offsets, 0, 0, 0].astype(np.int32),
+        offsets=np.pad(offsets, (0, AFTER_OFFSETS)).astype(np.int32),
         segments=segments,
         chunks=chunks,
         first_value=first_value,

@@ -25,6 +25,8 @@ struct Segment {
     int32_t flags;  // FIRST, LAST
 };
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
+enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
+enum { AFTER_OFFSETS = STEPS + 3 };  // sddmm goes in steps of four
 enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
@@ -33,7 +35,7 @@ enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a spa
 template <class T> struct Product {
     const T *x;
     T *y;
-    const int32_t *offsets;
+    const int32_t *offsets;  // and AFTER_OFFSETS zeros
     const Segment *segments;
     const int32_t *chunks;  // the segments of chunk c are chunks[c] to chunks[c + 1]
     long rows;              // all output channels

@@ -25,6 +25,7 @@ cdef extern from "dispatch.hh" nogil:
         pass
     enum: FIRST
     enum: LAST
+    enum: AFTER_OFFSETS
     enum: ROWS_AT_ONCE
     enum: MAX_PHASES
     enum: CHAINED_VALUES

@@ -71,7 +71,7 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
         for (long lane = 0; lane < IMAGES; lane += L) {
             V<T> acc[U][R][W];
             T *part = scratch + s->row * (R * W * IMAGES) + lane;
-            const int32_t *offset = a.offsets + s->entry, *stop = offset + s->count;
+            const int32_t *offset = a.offsets + s->entry;
             const T *value = a.values + s->value, *xl = x + lane;
             T *out = y + s->row * a.y_channel + lane;
             if (s->flags & FIRST) {
@@ -87,12 +87,13 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                 UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = load(part + ((u * R + r) * W + w) * IMAGES);
             }
-            for (; offset < stop; offset++, value += U) {
-                const T *row = xl + *offset;
+            auto places = look_ahead<const T>([&](long i) { return xl + offset[i]; });
+            for (long i = 0, n = s->count; i < n; i++, value += U) {
+                const T *row = places.take(i);
                 V<T> weight[U];
                 UNROLL for (int u = 0; u < U; u++) weight[u] = splat(value[u]);
                 UNROLL for (int r = 0; r < R; r++, row += x_row) {
-                    OPAQUE(row);
+                    if (r) OPAQUE(row);
                     const T *p = row;
                     UNROLL for (int w = 0; w < W; w++, p += x_col) {
                         if (!X_STEP) OPAQUE(p);
@@ -130,15 +131,16 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
                 g[r][w] = load(in + r * a.y_step[1] + w * a.y_step[2]);
             const int32_t *offset = a.offsets + s->entry;
             T *dv = dvalues + s->value;
+            auto places = look_ahead<const T>([&](long i) { return xl + offset[i]; });
             // The last four may run past the segment: their offsets are some other weight's, or the
             // padding at the end of `offsets`, and so within x; their sums are dropped.
-            for (int32_t left = s->count; left > 0; left -= 4, offset += 4, dv += 4) {
+            for (long i = 0, n = s->count; i < n; i += 4, dv += 4) {
                 V<T> acc[4];
                 UNROLL for (int q = 0; q < 4; q++) {
-                    const T *row = xl + offset[q];
+                    const T *row = places.take(i + q);
                     acc[q] = V<T>{};
                     UNROLL for (int r = 0; r < R; r++, row += x_row) {
-                        OPAQUE(row);
+                        if (r) OPAQUE(row);
                         const T *p = row;
                         UNROLL for (int w = 0; w < W; w++, p += x_col) {
                             if (!X_STEP) OPAQUE(p);
@@ -146,12 +148,12 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
                         }
                     }
                 }
-                if (left >= 4) {
+                if (n - i >= 4) {
                     add_sums<T>(acc, dv);
                 } else {
                     T total[4] = {};
                     add_sums<T>(acc, total);
-                    for (int q = 0; q < left; q++) dv[q] += total[q];
+                    for (int q = 0; q < n - i; q++) dv[q] += total[q];
                 }
             }
         }

@@ -133,10 +133,11 @@ template <int R, int C, int N, class T, class E> struct Taps {
         V<T> acc[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) acc[r][v] = fresh ? V<T>{} : load(dw + r * dw_row + v * L);
+        auto places = look_ahead<T>([&](long i) { return slab + position_of(e[i]); });
         for (long k = 0; k < n; k++) {
-            T *x[R];
-            UNROLL for (int r = 0; r < R; r++) {
-                x[r] = r ? x[r - 1] + row : slab + position_of(e[k]);
+            T *x[R] = {places.take(k)};
+            UNROLL for (int r = 1; r < R; r++) {
+                x[r] = x[r - 1] + row;
                 OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
             }
             const V<T> g = splat_value<T>(e[k]);
@@ -152,10 +153,11 @@ template <int R, int C, int N, class T, class E> struct Taps {
         V<T> w[R][C * N];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < C * N; v++) w[r][v] = load(weights + r * w_row + v * L);
+        auto places = look_ahead<T>([&](long i) { return slab + position_of(e[i]); });
         for (long k = 0; k < n; k++) {
-            T *x[R];
-            UNROLL for (int r = 0; r < R; r++) {
-                x[r] = r ? x[r - 1] + row : slab + position_of(e[k]);
+            T *x[R] = {places.take(k)};
+            UNROLL for (int r = 1; r < R; r++) {
+                x[r] = x[r - 1] + row;
                 OPAQUE(x[r]);  // or gcc forms each address anew from five numbers
             }
             const V<T> g = splat_value<T>(e[k]);
@@ -177,8 +179,9 @@ void add_rows_to_weights(long n, const Entry<T> *entries, const int64_t *start, 
     V<T> acc[CHANNELS][C * N];
     UNROLL for (int o = 0; o < CHANNELS; o++)
         UNROLL for (int v = 0; v < C * N; v++) acc[o][v] = fresh ? V<T>{} : load(dw + o * size + v * L);
+    auto places = look_ahead<const T>([&](long i) { return slab + e[0][i].position; });
     for (long k = 0; k < n; k++) {
-        const T *x = slab + e[0][k].position;
+        const T *x = places.take(k);
         V<T> g[CHANNELS];
         UNROLL for (int o = 0; o < CHANNELS; o++) g[o] = splat(e[o][k].value);
         UNROLL for (int v = 0; v < C * N; v++) {

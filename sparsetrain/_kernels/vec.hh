@@ -23,6 +23,25 @@
 
 constexpr long IMAGES = 16;  // images side by side in the last axis of every blocked array
 
+// The pointers place(0), place(1), ... in turn, each found STEPS before it is used; so `place` reads STEPS past the last.
+// Where a pointer is itself loaded, or its offset, the loads at it wait in the processor's queue of loads, and behind them
+// the next pointer. 14 multiply-adds at each take 10.7 cycles so and 12.3 without, where the two load units need 8.
+template <class T, class F> struct Lookahead {
+    F place;
+    T *next[STEPS];
+    INLINE_MEMBER explicit Lookahead(F f) : place(f) {
+        UNROLL for (int i = 0; i < STEPS; i++) next[i] = place(i);
+    }
+    INLINE_MEMBER T *take(long i) {
+        T *now = next[0];
+        UNROLL for (int k = 1; k < STEPS; k++) next[k - 1] = next[k];
+        next[STEPS - 1] = place(i + STEPS);
+        OPAQUE(next[STEPS - 1]);
+        return now;
+    }
+};
+template <class T, class F> INLINE Lookahead<T, F> look_ahead(F place) { return Lookahead<T, F>(place); }
+
 template <class T> struct Vec {
     static constexpr int lanes = VEC_BYTES / sizeof(T);
     typedef T reg __attribute__((vector_size(VEC_BYTES)));
