@@ -7,10 +7,11 @@ from sparsetrain._kernels import core
 from sparsetrain.choices import kept
 
 # How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB) and the L2 (1 MB),
-# and over how much more the share that misses rises to all.
-L1_BYTES, L1_RISE = 36 << 10, 24 << 10
+# and in all of them before what was fetched ahead for it has left the L2, where the sums of all rows and what is fetched
+# for the next tile are too; and over how much more the share that misses rises to all.
+L1_BYTES, L1_RISE = 40 << 10, 24 << 10
 L2_BYTES, L2_RISE = 600 << 10, 400 << 10
-
+AHEAD_BYTES, AHEAD_RISE = 150 << 10, 200 << 10
 
 ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))
 _GRID = ("extent", "taps", "x_pixels")
@@ -87,9 +88,9 @@ def _tile_time(positions, lines, columns, blocks, channels, group, entries, rows
 
     blocks: of rows_at_once output rows; entries: in all of them together.
 
-    The form is by reasoning; the factors are set so that the choice among 4800 timed tiles (40 of each layer of
-    bench/shapes/layers.txt and resnet20.txt at six sparsities from 0 to 0.99; 2 cores of a Zen 5, AVX-512) takes on
-    average 1.12 (forward) and 1.18 (weight gradient) of the least time seen, which is partly luck of timing.
+    The form is by reasoning; the factors are set so that the choice among 8656 timed tiles (up to 91 of each convolution
+    of bench/shapes/layers.txt and resnet20.txt and of a linear layer at five sparsities from 0.5 to 0.99, forward and
+    weight gradient; 2 cores of a Zen 5, AVX-512) takes on average 1.03 of the time of the best three, at most 1.24.
     """
     width = itemsize / 4
     multiply = entries * max(positions * rows_at_once * width / 2, 4)  # 4 cycles: the latency of one FMA
@@ -98,9 +99,11 @@ def _tile_time(positions, lines, columns, blocks, channels, group, entries, rows
     unfinished = max(0.0, segments - blocks) * positions * rows_at_once * width
     touched = lines * columns * group * 16 * itemsize
     loads = entries * positions * width
-    misses = loads * (0.7 * _share(touched, L1_BYTES, L1_RISE) + 2.5 * _share(touched, L2_BYTES, L2_RISE))
-    read = channels * lines * (16 + 0.7 * columns * width)  # 16: short lines leave the prefetcher behind
-    return 1.3 * multiply + 1.5 * entries + 8 * segments + 5.5 * unfinished + misses + read
+    misses = loads * (0.33 * _share(touched, L1_BYTES, L1_RISE) + 1.5 * _share(touched, L2_BYTES, L2_RISE))
+    late = _share(touched * channels / group, AHEAD_BYTES, AHEAD_RISE)
+    # 11: short lines leave the prefetcher behind.
+    read = channels * lines * (11 + columns * width * (0.3 + 6.6 * late))
+    return multiply + entries + 4.6 * segments + 3.3 * unfinished + misses + read
 
 
 def _share(size, begin, rise):
