@@ -121,6 +121,7 @@ template <int R, int W, int X_STEP, class T>
 void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const Segment *s, const Segment *end,
                 Ahead<T> &ahead) {
     constexpr int L = Vec<T>::lanes;
+    constexpr bool HALVES = R * W > 4 && R * W <= REGISTERS - 10;
     const long x_row = a.x_step[1], x_col = X_STEP ? X_STEP : a.x_step[2];
     for (; s < end; s++) {
         ahead.fetch();
@@ -135,18 +136,19 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
             // The last four may run past the segment: their offsets are some other weight's, or the
             // padding at the end of `offsets`, and so within x; their sums are dropped.
             for (long i = 0, n = s->count; i < n; i += 4, dv += 4) {
-                V<T> acc[4];
+                V<T> acc[4], half[4];
                 UNROLL for (int q = 0; q < 4; q++) {
                     const T *row = places.take(i + q);
-                    acc[q] = V<T>{};
+                    acc[q] = half[q] = V<T>{};
                     UNROLL for (int r = 0; r < R; r++, row += x_row) {
                         if (r) OPAQUE(row);
                         const T *p = row;
                         UNROLL for (int w = 0; w < W; w++, p += x_col) {
                             if (!X_STEP) OPAQUE(p);
-                            acc[q] += g[r][w] * load(p);
+                            (HALVES && (r * W + w) % 2 ? half : acc)[q] += g[r][w] * load(p);
                         }
                     }
+                    if (HALVES) acc[q] += half[q];
                 }
                 if (n - i >= 4) {
                     add_sums<T>(acc, dv);
