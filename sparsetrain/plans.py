@@ -201,9 +201,9 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
 # ---- the three products of a layer
 
 # Below this sparsity the dense kernels are faster, zeros and all (2 threads, AVX-512, forward and backward). Linear
-# layers break even at 0.5; convolutions between 0.2 (16 channels) and 0.45 (stride 2), 3x3 ones of 64 and 256 channels
-# at 0.31 and 0.35.
-NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION = 0.5, 0.35
+# layers break even at 0.37; convolutions between 0.2 (1x1) and 0.33 (stride 2), 3x3 ones of 16, 64 and 256 channels at
+# 0.31, 0.23 and 0.25.
+NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION = 0.4, 0.3
 
 
 def is_nearly_dense(structure, channels):
