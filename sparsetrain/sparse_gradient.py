@@ -77,8 +77,9 @@ class Used:
 
 
 # Of a backward pass on 2 cores: time by the share of values used, and by the share of weights stored (1 / 300 is the
-# dense kernels' 300 GFLOP/s), relative to all multiply-adds. With all weights stored they are equal at 47 % zeros, measured
-# at 38 to 50 % for 3x3 and linear layers, and at 66 % for 1x1 convolutions, which wait for memory: measured at 53 to 68 %.
+# dense kernels' 300 GFLOP/s), relative to all multiply-adds. With all weights stored they are equal at 47 % zeros,
+# measured at 38 to 50 % for 3x3 and linear layers; at 66 % for 1x1 convolutions, which wait for memory: measured at 53
+# to 68 %.
 def _gradient_time(density, shape, lanes):
     return (density + 0.01) / (100 if shape[2:] == (1, 1) else 155) * max(1, lanes / shape[1])
 
