@@ -334,6 +334,7 @@ def avg_pool_backward(floating[:, :, :, :, :] dy, floating[:, :, :, :, :] dx,
         kernels.avg_pool_backward(xs, ys, gv, dv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
 
 
+include "memory.pxi"
 include "norm.pxi"
 include "product.pxi"
 include "bands.pxi"

@@ -1,4 +1,5 @@
-// Elementwise layers over the planes (image block x channel) of blocked arrays, copies and conversions.
+// Elementwise layers over the planes (image block x channel) of blocked arrays, copies and conversions; the sums over images
+// or channels that methods of sparse gradients need.
 
 template <class T> struct ImageValues {
     typedef T values __attribute__((vector_size(IMAGES * sizeof(T)), aligned(sizeof(T)), may_alias));

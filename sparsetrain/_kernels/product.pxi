@@ -91,38 +91,6 @@ cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :,
     return a
 
 
-cdef class Memory:
-    """Aligned memory."""
-    cdef:
-        object raw
-        char *data
-
-    def __cinit__(self, long size):
-        cdef char[::1] raw = memory.zeros(size).view(np.int8)
-        self.raw, self.data = raw, &raw[0]
-
-
-cdef dict _idle = {}  # Memory by what it is for; taken out while in use, since another thread may call
-
-
-@no_gc  # else the collector would empty one that something in a cycle holds before that lets go of it
-cdef class Buffer:
-    """Memory of at least `size` bytes. The next Buffer for the same purpose gets it when this one is let go."""
-    cdef:
-        str purpose
-        Memory memory
-        char *data
-
-    def __cinit__(self, str purpose, long size):
-        self.purpose, self.memory = purpose, _idle.pop(purpose, None)
-        if self.memory is None or len(self.memory.raw) < size:
-            self.memory = Memory(size + 1)
-        self.data = self.memory.data
-
-    def __dealloc__(self):
-        _idle[self.purpose] = self.memory
-
-
 def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
          floating[:, :, :, :, :] y, bint accumulate=False, bint relu=False):
     """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]].

@@ -23,7 +23,8 @@
 
 constexpr long IMAGES = 16;  // images side by side in the last axis of every blocked array
 
-// The pointers place(0), place(1), ... in turn, each found STEPS before it is used; so `place` reads STEPS past the last.
+// take(0), take(1), ... give place(0), place(1), ..., in that order, each found STEPS before it is used; so `place` reads
+// STEPS past the last.
 // Where a pointer is itself loaded, or its offset, the loads at it wait in the processor's queue of loads, and behind them
 // the next pointer. 14 multiply-adds at each take 10.7 cycles so and 12.3 without; the two load units need 8 (Zen 5, data in
 // L1 and L2).

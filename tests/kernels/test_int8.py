@@ -31,7 +31,7 @@ CASES = {
     "3 channels": Conv(5, 3, 7, (9, 8), (3, 3), padding=(1, 1)),
     "stride 2": Conv(33, 16, 20, (7, 7), (3, 3), (2, 2), (1, 1)),
     "dilation, padding 2": Conv(16, 17, 5, (6, 9), (3, 3), padding=(2, 2), dilation=(2, 2)),
-    "30 % removed": Conv(17, 6, 9, (7, 8), (3, 3), (1, 2), (1, 0), (2, 1), sparsity=0.3),
+    "20 % removed": Conv(17, 6, 9, (7, 8), (3, 3), (1, 2), (1, 0), (2, 1), sparsity=0.2),
     "90 % removed": Conv(18, 40, 24, (8, 8), (3, 3), padding=(1, 1), sparsity=0.9),
     "nothing is stored": Conv(2, 5, 3, (5, 4), (3, 3), padding=(1, 1), sparsity=1.0),
     "1x1": Conv(20, 8, 33, (5, 5), (1, 1)),
