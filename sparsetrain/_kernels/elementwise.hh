@@ -18,7 +18,6 @@ template <class T> INLINE T *pixel_row(const View<T> &v, long b, long c, long h)
     return v.data + b * v.block + c * v.channel + h * v.row;
 }
 
-// Calls f(block, channel, pixel row) for the planes [begin, end).
 // f(block, channel, row, its pixels) for a range of planes. Planes of one pixel that lie next to each other in all arrays,
 // as the features of a linear layer do, are one row up to the end of the block: ReLU's gradient of 1024
 // features of 128 images takes 0.008 ms so, and 0.016 ms one by one.

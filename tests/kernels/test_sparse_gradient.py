@@ -16,7 +16,7 @@ from hypothesis import strategies as hs
 import reference as ref
 import sparsetrain as st
 from sparsetrain import arrays, nn, plans, slabs, sparse_gradient
-from sparsetrain._kernels import core
+from sparsetrain._kernels import core, memory
 from sparsetrain.arrays import IMAGES
 from strategies import Conv, quick
 
@@ -436,6 +436,23 @@ def test_memory_of_entries_in_a_cycle_can_be_used_again():
         cycle.entries, cycle.other, other.cycle = core.compress(plan, g.array, core.THRESHOLD), other, cycle
         del cycle, other
         gc.collect()
+
+
+def test_memory_is_used_again_after_an_error():
+    conv = CASES["batch of 1"][0]
+    x, dy, _ = operands(conv, np.float32)
+    entries = core.compress(planned(conv, np.float32)[0], arrays.pack(dy).array, core.THRESHOLD)
+
+    dx = activation(x)
+
+    def fail():
+        with pytest.raises(ValueError, match="weights"):
+            core.slab_input_gradient(entries, np.zeros(1, np.float32), dx.array)
+
+    fail()
+    with mock.patch.object(memory, "zeros") as zeros:
+        fail()
+    assert not zeros.called
 
 
 def test_arguments_that_do_not_fit():
