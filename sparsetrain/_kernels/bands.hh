@@ -103,13 +103,14 @@ template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *s
         Sum<T> sg, sgx;
         for_channel<T>({1, 1, b.last - b.first, s.width, 0}, [&](long, long h) {
             const T *x = pixel_row(a.raw, b.block, c, b.first + h);
-            const T *other = a.add.data ? pixel_row(a.add, b.block, c, b.first + h) : nullptr;
+            const T *y = a.formed.data ? pixel_row(a.formed, b.block, c, b.first + h) : nullptr;
+            const T *other = !y && a.add.data ? pixel_row(a.add, b.block, c, b.first + h) : nullptr;
             T *g = pixel_row(a.dx, b.block, c, b.first + h);
             for_row<T>(s.width * IMAGES, EACH {
                 const V<T> v = load(x + i);
                 V<T> d = load(g + i);
                 if (a.relu) {
-                    V<T> out = v * scale + shift;
+                    V<T> out = y ? load(y + i) : v * scale + shift;
                     if (other) out += load(other + i);
                     d = out <= 0 ? V<T>{} : d;
                     store(g + i, d);
@@ -153,32 +154,37 @@ template <class T> struct Run {
         next();
     }
     bool done() const { return now.first >= all.last; }
-    void next() { now = after(now); }
-    Band after(const Band &b) const { return {b.block, b.last, b.last + a.rows < all.last ? b.last + a.rows : all.last}; }
+    // At the band after this one; past the last, at the first of the task that this thread is likely to come to next.
+    Run following(long later) const {
+        Run run = *this;
+        run.next();
+        return run.done() && later < a.tasks ? Run(a, later) : run;
+    }
+    void next() { now = {now.block, now.last, now.last + a.rows < all.last ? now.last + a.rows : all.last}; }
     long x_row(long row) const { return row * a.stride - a.padding[0]; }
     // Rows of x and of y's gradient that the band reads and no band before it has read.
-    Band new_x(const Band &b) const {
-        const long from = b.first == all.first ? x_row(b.first) : x_row(b.first - 1) + a.reach + 1;
-        return {b.block, from, x_row(b.last - 1) + a.reach + 1};
+    Band new_x() const {
+        const long from = now.first == all.first ? x_row(now.first) : x_row(now.first - 1) + a.reach + 1;
+        return {now.block, from, x_row(now.last - 1) + a.reach + 1};
     }
-    Band new_dy(const Band &b) const {
-        return {b.block, b.first == all.first ? b.first - a.dy_halo[0] : b.first + a.dy_halo[0], b.last + a.dy_halo[0]};
+    Band new_dy() const {
+        return {now.block, now.first + (now.first == all.first ? -a.dy_halo[0] : a.dy_halo[0]), now.last + a.dy_halo[0]};
     }
     // Where x lies for a position in the first row of the band: in the array, or formed in scratch.
     const T *x(T *scratch) const {
         if (a.formed.data) return a.formed.data + now.block * a.formed.block + now.first * a.stride * a.formed.row;
-        const Band rows = new_x(now);
+        const Band rows = new_x();
         form_x(a, rows, own_rows(a, all), scratch + (rows.first - x_row(all.first)) * a.x_row);
         return scratch + (now.first - all.first) * a.stride * a.x_row + a.padding[0] * a.x_row + a.padding[1] * IMAGES;
     }
     const T *dy(T *scratch, const Lanes<T> &lanes) const {
-        const Band rows = new_dy(now);
+        const Band rows = new_dy();
         form_dy(a, rows, lanes, scratch + (rows.first - all.first + a.dy_halo[0]) * a.dy_row);
         return scratch + (now.first - all.first + a.dy_halo[0]) * a.dy_row + a.dy_halo[1] * IMAGES;
     }
-    void fetch_x(Ahead<T> &ahead, const Band &b) const {
-        if (a.formed.data) return fetch_rows(ahead, a.formed, a.x_shape, new_x(b));
-        fetch_rows(ahead, a.raw, a.x_shape, new_x(b)), fetch_rows(ahead, a.add, a.x_shape, new_x(b));
+    void fetch_x(Ahead<T> &ahead) const {
+        if (a.formed.data) return fetch_rows(ahead, a.formed, a.x_shape, new_x());
+        fetch_rows(ahead, a.raw, a.x_shape, new_x()), fetch_rows(ahead, a.add, a.x_shape, new_x());
     }
 };
 
@@ -186,12 +192,13 @@ template <class T> void conv_band(const Bands<T> *a, long task, T *scratch) {
     FlushToZero flush;
     const Lanes<T> lanes(a->y_shape);
     for (Run<T> run(*a, task); !run.done(); run.next()) {
-        const Band &b = run.now, next = run.after(b);
+        const Run<T> coming = run.following(task + a->team);
+        const Band &b = run.now, &next = coming.now;
         T *y = pixel_row(a->y, b.block, 0, b.first);
         const Product<T> p = band_of(a->forward, a->forward_axis, b.last - b.first, run.x(scratch), y);
         Ahead<T> ahead;
         if (next.first < next.last) {
-            run.fetch_x(ahead, next);
+            coming.fetch_x(ahead);
             fetch_rows(ahead, a->y, a->y_shape, next, true);
             fetch_rows(ahead, a->keep, a->x_shape, own_rows(*a, next), true);
         }
@@ -209,9 +216,11 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
     for (long i = 0; i < a->gradient.n_values; i++) dvalues[i] = 0;
     double *sums = a->sums ? a->sums + part * 2 * a->x_shape.channels : nullptr;
     for (long i = 0; sums && i < 2 * a->x_shape.channels; i++) sums[i] = 0;
-    for (long task = a->tasks * part / a->parts; task < a->tasks * (part + 1) / a->parts; task++)
+    const long end = a->tasks * (part + 1) / a->parts, later = a->tasks * (part + a->team) / a->parts;
+    for (long task = a->tasks * part / a->parts; task < end; task++)
         for (Run<T> run(*a, task); !run.done(); run.next()) {
-            const Band &b = run.now, next = run.after(b), own = own_rows(*a, b);
+            const Run<T> coming = run.following(task + 1 < end ? task + 1 : later);
+            const Band &b = run.now, &next = coming.now, own = own_rows(*a, b);
             const T *x = run.x(scratch), *dy = run.dy(dy_scratch, lanes);
             const Product<T> gradient = band_of(a->gradient, a->gradient_axis, b.last - b.first, x, const_cast<T *>(dy));
             Product<T> phases[MAX_PHASES];
@@ -225,8 +234,9 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
             }
             Ahead<T> ahead;
             if (next.first < next.last) {
-                run.fetch_x(ahead, next);
-                fetch_rows(ahead, a->g, a->y_shape, run.new_dy(next)), fetch_rows(ahead, a->y, a->y_shape, run.new_dy(next));
+                coming.fetch_x(ahead);
+                fetch_rows(ahead, a->g, a->y_shape, coming.new_dy()), fetch_rows(ahead, a->y, a->y_shape, coming.new_dy());
+                if (sums && a->formed.data) fetch_rows(ahead, a->raw, a->x_shape, own_rows(*a, next));
                 if (a->phases) fetch_rows(ahead, a->dx, a->x_shape, own_rows(*a, next), true);
             }
             ahead.spread_over(segments);

@@ -109,6 +109,7 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         same_length("var", var.shape[0], channels)
         moments = np.empty(3 * n * channels)
         a.moments = &moments[0]
+    a.team = threads
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band(&a, i, s + each * threadid())
     if mean is None:
@@ -183,6 +184,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     each = plan.x_size + plan.dy_size + plan.tile_size
     scratch = Buffer("scratch", each * threads * sizeof(floating))
     s = <floating *>scratch.data
+    a.team = threads
     for i in prange(parts, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band_backward(&a, i, s + each * threadid())
     if n:
@@ -226,7 +228,7 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     same_length("mean", mean.shape[0], x.shape[1])
     a.x_shape, a.raw, a.dx = shape_of(x, 16 * x.shape[0]), view(x), view(dx)
     a.relu, a.parts, a.sums = relu, parts, &sums[0, 0, 0]
-    a.scale, a.shift, a.x_mean, a.add = &scale[0], &shift[0], &mean[0], maybe(add)
+    a.scale, a.shift, a.x_mean, a.add, a.formed = &scale[0], &shift[0], &mean[0], maybe(add), nothing(<floating>0)
     if add is not None:
         same_shape(x, add)
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):

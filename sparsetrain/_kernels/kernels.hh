@@ -73,6 +73,7 @@ enum { MAX_PHASES = 16 };  // of the input gradient of a band: strides up to 4x4
 template <class T> struct Bands {
     Shape x_shape, y_shape;
     long tasks, run, rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
+    long team;  // threads that share the tasks
     View<T> raw, add, keep, formed, y;     // null data: there is none. formed: x as it lies in memory; keep: to be written
     const T *scale, *shift, *x_mean;
     bool relu;

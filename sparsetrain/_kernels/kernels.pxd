@@ -55,7 +55,7 @@ cdef extern from "dispatch.hh" nogil:
         const float *shift
     cppclass Bands[T]:
         Shape x_shape, y_shape
-        long tasks, run, rows, stride, reach
+        long tasks, run, rows, stride, reach, team
         long padding[2]
         View[T] raw, add, keep, formed, y
         const T *scale

@@ -12,8 +12,11 @@ def zeros(size):
     if size < HUGE:
         raw = np.zeros(size + 64, np.uint8)
         return raw[-raw.ctypes.data % 64 :][:size]
-    memory = mmap.mmap(-1, size + HUGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Private: what processes share, mmap's default, Linux gives no huge pages.
+        memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        memory = mmap.mmap(-1, size + HUGE)
     raw = np.frombuffer(memory, np.uint8)
     return raw[-raw.ctypes.data % HUGE :][:size]
