@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 
 from sparsetrain._kernels import core
-from sparsetrain._kernels.core import AFTER_OFFSETS, FIRST, LAST, ROWS_AT_ONCE
+from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE, STEPS
 from sparsetrain.choices import kept
 from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 
@@ -74,11 +74,11 @@ def strides(blocked):
 # ---- segments
 
 
-def _segments(rows, groups, row_values, chunks):
+def _segments(rows, groups, row_values, chunks, every_row=True):
     """Runs of entries of one row and one group of channels, sorted by chunk of rows, group and row.
 
     rows and groups: of each entry, rows ascending and groups ascending within a row. chunks: the row at which
-    each chunk begins, and the end. row_values is rows_at_once. Rows without entries get an empty run.
+    each chunk begins, and the end. row_values is rows_at_once. Rows without entries get an empty run if every_row.
     Returns segments (n, 5) and the bounds of the chunks in them, both int32.
     """
     n = len(rows)
@@ -88,7 +88,7 @@ def _segments(rows, groups, row_values, chunks):
     first = np.r_[True, np.diff(row) != 0] if n else np.zeros(0, bool)
     last = np.r_[np.diff(row) != 0, True] if n else np.zeros(0, bool)
     flags = FIRST * first + LAST * last
-    empty = np.setdiff1d(np.arange(chunks[-1]), row)
+    empty = np.setdiff1d(np.arange(chunks[-1]), row) if every_row else np.zeros(0, int)
     blank = np.zeros(len(empty), int)
     row, group, new = np.r_[row, empty], np.r_[group, blank], np.r_[new, blank]
     count, flags = np.r_[count, blank], np.r_[flags, blank + (FIRST | LAST)]
@@ -118,7 +118,7 @@ def _plan(
     if rows_bytes > L2_BYTES:
         known[0] = 0
     return core.Plan(
-        offsets=np.pad(offsets, (0, AFTER_OFFSETS)).astype(np.int32),
+        offsets=np.pad(offsets, (0, STEPS)).astype(np.int32),
         segments=segments,
         chunks=chunks,
         first_value=first_value,
@@ -335,7 +335,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
     else:
         indptr = structure.csr()[0]
         chunks = _cut_rows(np.diff(indptr), tasks // parts)
-        segments, bounds = _segments(row, channel // group, 1, chunks)
+        segments, bounds = _segments(row, channel // group, 1, chunks, every_row=False)
         first_value = indptr[chunks]
     return _plan(
         x, dy, grid, tile, order, group, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,

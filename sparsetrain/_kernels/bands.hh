@@ -47,7 +47,8 @@ template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &
                 if (other) v += load(other + i);
                 if (a.relu) v = v < 0 ? V<T>{} : v;
                 store(out + i, v);
-                if (keep) store(keep + i, v);
+                if (keep && a.keep_far) store_past_cache(keep + i, v);
+                else if (keep) store(keep + i, v);
             });
         });
     }
@@ -154,11 +155,11 @@ template <class T> struct Run {
         next();
     }
     bool done() const { return now.first >= all.last; }
-    // At the band after this one; past the last, at the first of the task that this thread is likely to come to next.
+    // At the band after this one; past the last, at the first of the task that this thread is likely to come to then.
     Run following(long later) const {
         Run run = *this;
         run.next();
-        return run.done() && later < a.tasks ? Run(a, later) : run;
+        return run.done() && later >= 0 && later < a.tasks ? Run(a, later) : run;
     }
     void next() { now = {now.block, now.last, now.last + a.rows < all.last ? now.last + a.rows : all.last}; }
     long x_row(long row) const { return row * a.stride - a.padding[0]; }
@@ -192,7 +193,7 @@ template <class T> void conv_band(const Bands<T> *a, long task, T *scratch) {
     FlushToZero flush;
     const Lanes<T> lanes(a->y_shape);
     for (Run<T> run(*a, task); !run.done(); run.next()) {
-        const Run<T> coming = run.following(task + a->team);
+        const Run<T> coming = run.following(task + a->later);
         const Band &b = run.now, &next = coming.now;
         T *y = pixel_row(a->y, b.block, 0, b.first);
         const Product<T> p = band_of(a->forward, a->forward_axis, b.last - b.first, run.x(scratch), y);
@@ -200,12 +201,13 @@ template <class T> void conv_band(const Bands<T> *a, long task, T *scratch) {
         if (next.first < next.last) {
             coming.fetch_x(ahead);
             fetch_rows(ahead, a->y, a->y_shape, next, true);
-            fetch_rows(ahead, a->keep, a->x_shape, own_rows(*a, next), true);
+            if (!a->keep_far) fetch_rows(ahead, a->keep, a->x_shape, own_rows(*a, next), true);
         }
         ahead.spread_over(band_segments(p));
         run_band(p, scratch + a->x_size, ahead);
         if (a->moments) add_moments(*a, b, b.first == run.all.first, lanes, a->moments + task * 3 * a->y_shape.channels);
     }
+    finish_stores();
 }
 
 template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scratch) {
@@ -216,7 +218,7 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
     for (long i = 0; i < a->gradient.n_values; i++) dvalues[i] = 0;
     double *sums = a->sums ? a->sums + part * 2 * a->x_shape.channels : nullptr;
     for (long i = 0; sums && i < 2 * a->x_shape.channels; i++) sums[i] = 0;
-    const long end = a->tasks * (part + 1) / a->parts, later = a->tasks * (part + a->team) / a->parts;
+    const long end = a->tasks * (part + 1) / a->parts, later = a->tasks * (part + a->later) / a->parts;
     for (long task = a->tasks * part / a->parts; task < end; task++)
         for (Run<T> run(*a, task); !run.done(); run.next()) {
             const Run<T> coming = run.following(task + 1 < end ? task + 1 : later);

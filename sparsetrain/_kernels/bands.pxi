@@ -33,6 +33,22 @@ cdef class BandPlan:
             self.tile_size = max(self.tile_size, (p.rows + p.rows_at_once) * p._tile[1] * p._tile[2] * 16)
 
 
+# A map of so many bytes is no longer in L3 (32 MB) when the end of a residual block reads it again, four maps later: it is
+# stored past the caches. Of a step, at 99 %, ResNet-20 with batch 128 takes 0.97 so, ResNet-18 with 64 takes 0.96.
+cdef enum:
+    FAR = 8 << 20
+
+cdef bint _from_the_end = True
+
+
+cdef bint turn() noexcept:
+    """Whether a pass goes from its last task to its first. Every other one does: what the pass before it met last is still
+    in L3. A step of ResNet-18 at 90 and 99 % takes 0.94 to 0.96 so, of ResNet-20 0.98."""
+    global _from_the_end
+    _from_the_end = not _from_the_end
+    return _from_the_end
+
+
 cdef int row_axis(Plan p) except -1:
     return p.order.index(1)
 
@@ -86,6 +102,7 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
     cdef:
         Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)  # OUT y
         long cuts = (y.shape[2] + plan.run - 1) // plan.run, n = y.shape[0] * cuts, i, c, channels = y.shape[1]
+        bint back = turn()
         int threads = team(n, plan.forward.work * n * plan.run / plan.rows / 8)
         long each = plan.x_size + plan.tile_size
         Buffer scratch = Buffer("scratch", each * threads * sizeof(floating))
@@ -103,15 +120,18 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
     if keep is not None:
         same_shape(x, keep)
         a.keep = view(keep)  # OUT
+        a.keep_far = keep.shape[0] * keep.strides[0] >= FAR
+        if <size_t>a.keep.data % 64:
+            raise ValueError("keep does not begin at a multiple of 64 bytes")
     a.moments = NULL
     if mean is not None:
         same_length("mean", mean.shape[0], channels)
         same_length("var", var.shape[0], channels)
         moments = np.empty(3 * n * channels)
         a.moments = &moments[0]
-    a.team = threads
+    a.later = -threads if back else threads
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.conv_band(&a, i, s + each * threadid())
+        kernels.conv_band(&a, n - 1 - i if back else i, s + each * threadid())
     if mean is None:
         return
     for c in range(channels):  # Chan, Golub & LeVeque's way to join the bands, in their order
@@ -142,6 +162,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     cdef:
         Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)
         long parts = plan.parts, n = plan.gradient.n_values, i, c, chunks, each
+        bint back = turn()
         int threads = team(parts, plan.gradient.work * parts)
         Buffer partial = Buffer("parts", n * parts * sizeof(floating)), scratch
         const floating[::1] v
@@ -184,9 +205,9 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     each = plan.x_size + plan.dy_size + plan.tile_size
     scratch = Buffer("scratch", each * threads * sizeof(floating))
     s = <floating *>scratch.data
-    a.team = threads
+    a.later = -threads if back else threads
     for i in prange(parts, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.conv_band_backward(&a, i, s + each * threadid())
+        kernels.conv_band_backward(&a, parts - 1 - i if back else i, s + each * threadid())
     if n:
         gp = &grad[0]  # OUT
         threads = team(2, <double>n * parts)
@@ -221,6 +242,7 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
         Bands[floating] a
         double[:, :, ::1] sums = np.empty((min(16, x.shape[0]), x.shape[1], 2))
         long parts = sums.shape[0], i
+        bint back = turn()
         int threads = team(parts, size(shape_of(x, 16)))
     same_shape(x, dx)
     same_length("scale", scale.shape[0], x.shape[1])
@@ -232,5 +254,5 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     if add is not None:
         same_shape(x, add)
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
-        kernels.norm_gradient_sums(&a, i)
+        kernels.norm_gradient_sums(&a, parts - 1 - i if back else i)
     return np.asarray(sums).sum(0).T

@@ -34,7 +34,7 @@ ctypedef fused number:
 
 # As in kernels.hh.
 FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES
-AFTER_OFFSETS = kernels.AFTER_OFFSETS
+STEPS = kernels.STEPS
 
 
 # ---- instruction sets and threads

@@ -25,9 +25,8 @@ struct Segment {
     int32_t flags;  // FIRST, LAST
 };
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
-enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
-enum { AFTER_OFFSETS = STEPS + 3 };  // sddmm goes in steps of four
-enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
+enum { STEPS = 3 };           // so far ahead of their use the offsets and entries of a list are read
+enum { ROWS_AT_ONCE = 4 };    // rows of a segment of a dense layer; 1 in a sparse one
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
 // Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into
@@ -35,7 +34,7 @@ enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a spa
 template <class T> struct Product {
     const T *x;
     T *y;
-    const int32_t *offsets;  // and AFTER_OFFSETS zeros
+    const int32_t *offsets;  // and STEPS zeros
     const Segment *segments;
     const int32_t *chunks;  // the segments of chunk c are chunks[c] to chunks[c + 1]
     long rows;              // all output channels
@@ -73,10 +72,10 @@ enum { MAX_PHASES = 16 };  // of the input gradient of a band: strides up to 4x4
 template <class T> struct Bands {
     Shape x_shape, y_shape;
     long tasks, run, rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
-    long team;  // threads that share the tasks
+    long later;  // so many tasks, or parts, further on is what a thread is likely to take next
     View<T> raw, add, keep, formed, y;     // null data: there is none. formed: x as it lies in memory; keep: to be written
     const T *scale, *shift, *x_mean;
-    bool relu;
+    bool relu, keep_far;  // keep goes straight to memory
     long x_channel, x_row, x_size;  // of the scratch that x is formed in
     Product<T> forward;
     int forward_axis;  // which axis of the tiles the pixel rows are

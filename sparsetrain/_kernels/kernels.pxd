@@ -25,7 +25,7 @@ cdef extern from "dispatch.hh" nogil:
         pass
     enum: FIRST
     enum: LAST
-    enum: AFTER_OFFSETS
+    enum: STEPS
     enum: ROWS_AT_ONCE
     enum: MAX_PHASES
     enum: CHAINED_VALUES
@@ -55,13 +55,13 @@ cdef extern from "dispatch.hh" nogil:
         const float *shift
     cppclass Bands[T]:
         Shape x_shape, y_shape
-        long tasks, run, rows, stride, reach, team
+        long tasks, run, rows, stride, reach, later
         long padding[2]
         View[T] raw, add, keep, formed, y
         const T *scale
         const T *shift
         const T *x_mean
-        bint relu
+        bint relu, keep_far
         long x_channel, x_row, x_size
         Product[T] forward
         int forward_axis

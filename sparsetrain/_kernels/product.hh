@@ -135,30 +135,30 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
             const int32_t *offset = a.offsets + s->entry;
             T *dv = dvalues + s->value;
             auto places = look_ahead<const T>([&](long i) { return xl + offset[i]; });
-            // The last four may run past the segment: their offsets are some other weight's, or the
-            // padding at the end of `offsets`, and so within x; their sums are dropped.
-            for (long i = 0, n = s->count; i < n; i += 4, dv += 4) {
-                V<T> acc[4], half[4];
-                UNROLL for (int q = 0; q < 4; q++) {
-                    const T *row = places.take(i + q);
-                    acc[q] = half[q] = V<T>{};
-                    UNROLL for (int r = 0; r < R; r++, row += x_row) {
-                        if (r) OPAQUE(row);
-                        const T *p = row;
-                        UNROLL for (int w = 0; w < W; w++, p += x_col) {
-                            if (!X_STEP) OPAQUE(p);
-                            (HALVES && (r * W + w) % 2 ? half : acc)[q] += g[r][w] * load(p);
-                        }
+            const auto dot = [&](const T *row) __attribute__((always_inline)) {
+                V<T> acc = {}, half = {};
+                UNROLL for (int r = 0; r < R; r++, row += x_row) {
+                    if (r) OPAQUE(row);
+                    const T *p = row;
+                    UNROLL for (int w = 0; w < W; w++, p += x_col) {
+                        if (!X_STEP) OPAQUE(p);
+                        (HALVES && (r * W + w) % 2 ? half : acc) += g[r][w] * load(p);
                     }
-                    if (HALVES) acc[q] += half[q];
                 }
-                if (n - i >= 4) {
-                    add_sums<T>(acc, dv);
-                } else {
-                    T total[4] = {};
-                    add_sums<T>(acc, total);
-                    for (int q = 0; q < n - i; q++) dv[q] += total[q];
-                }
+                return HALVES ? acc + half : acc;
+            };
+            long i = 0;
+            for (; s->count - i >= 4; i += 4) {
+                V<T> acc[4];
+                UNROLL for (int q = 0; q < 4; q++) acc[q] = dot(places.take(i + q));
+                add_sums<T>(acc, dv + i);
+            }
+            if (i < s->count) {
+                V<T> acc[4] = {};
+                T total[4] = {};
+                for (int q = 0; q < s->count - i; q++) acc[q] = dot(places.take(i + q));
+                add_sums<T>(acc, total);
+                for (int q = 0; q < s->count - i; q++) dv[i + q] += total[q];
             }
         }
     }

@@ -3,7 +3,7 @@
 cdef class Plan:
     """How one product of stored weights with blocked arrays runs; ops.py builds it.
 
-    offsets int32: elements from a position of x to what an entry reads, then AFTER_OFFSETS zeros.
+    offsets int32: elements from a position of x to what an entry reads, then STEPS zeros.
     segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
     first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
     (block, channel, row) each, that the offsets and the tiling were made for. group: channels of x in a segment.

@@ -53,6 +53,24 @@ template <class T> using V = typename Vec<T>::reg;
 
 template <class T> INLINE V<T> load(const T *p) { return *(const typename Vec<T>::mem *)p; }
 template <class T> INLINE void store(T *p, V<T> v) { *(typename Vec<T>::mem *)p = v; }
+// Straight to memory, p aligned to the register: the line is not read first, and pushes nothing out of the caches. Other
+// threads may read it after finish_stores().
+template <class T> INLINE void store_past_cache(T *p, V<T> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i *)p, (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#elif defined(__SSE2__)
+    _mm_stream_si128((__m128i *)p, (__m128i)v);
+#else
+    store(p, v);
+#endif
+}
+INLINE void finish_stores() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
 template <class T> INLINE V<T> splat(T a) { return a - V<T>{}; }
 #if defined(__AVX512F__)
 INLINE V<float> floor(V<float> v) { return (V<float>)_mm512_floor_ps((__m512)v); }
