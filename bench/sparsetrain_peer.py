@@ -126,7 +126,7 @@ def net(peer, case):
         method.attach(model)
 
     def loss_and_gradients():
-        model.zero_grad()
+        optimizer.zero_grad()
         loss, dy = nn.cross_entropy(model(x), labels)
         model.backward(dy, input_gradient=False)
         return loss
