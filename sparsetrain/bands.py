@@ -10,7 +10,7 @@ from sparsetrain._kernels import core
 from sparsetrain.choices import kept
 from sparsetrain.plans import TASKS, strides
 
-BAND_BYTES = 200 << 10  # of what is formed for a band: with what is fetched for the next it stays in L2
+BAND_BYTES = 100 << 10  # of what is formed for a band: with what is fetched for the next it stays in L2
 
 
 @dataclass(frozen=True)
