@@ -176,7 +176,7 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
         grad.reshape(-1), accumulate, None if dx is None else dx.array, values, into is not None, **forming,
     )  # fmt: skip
     normed = x if isinstance(x, Normed) else None
-    raw = [] if formed and sums is None else [source, x.add]
+    raw = [source, x.add] if not formed else [] if sums is None else [source]
     tell(
         "backward", start, [lies, *raw, y, dy, into], [dx], weight=weight, output=y, plans=(plan,),
         normed=normed, forms=not formed, sums=sums is not None,

@@ -12,11 +12,11 @@ def zeros(size):
     if size < HUGE:
         raw = np.zeros(size + 64, np.uint8)
         return raw[-raw.ctypes.data % 64 :][:size]
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Private: what processes share, mmap's default, Linux gives no huge pages.
-        memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    else:
-        memory = mmap.mmap(-1, size + HUGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    # Private: what processes share, mmap's default, Linux gives no huge pages.
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     raw = np.frombuffer(memory, np.uint8)
-    return raw[-raw.ctypes.data % HUGE :][:size]
+    begin = -raw.ctypes.data % HUGE
+    memory.madvise(mmap.MADV_HUGEPAGE, begin, size // HUGE * HUGE)  # of one that is not filled the rest would be lost
+    return raw[begin:][:size]
