@@ -2,6 +2,7 @@
 
 import copy
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import sparsetrain as st
 from sparsetrain import nn, ops
 from sparsetrain.nn import convnorm
+from sparsetrain.normed import Normed
 
 
 def conv_norm(channels, out, kernel=3, **options):
@@ -74,6 +76,15 @@ def step(model, n=19, size=21):
     return [y, dx, *gradients, *(buffer for _, buffer in model.named_buffers())]
 
 
+def same_step(fused, alone, **shape):
+    """A step of the one is that of the other without fusing, to rounding."""
+    got = step(fused, **shape)
+    with nn.unfused():
+        wanted = step(alone, **shape)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1, np.abs(b).max()))
+
+
 @pytest.fixture
 def bands(monkeypatch):
     """How many convolutions have run by bands, forward and backward."""
@@ -98,24 +109,33 @@ def test_is_what_the_layers_one_by_one_give(name, sparsity, isa, bands):
     alone = copy.deepcopy(fused)
     convolutions = sum(isinstance(module, nn.Conv2d) for _, module in fused.named_modules())
     for _ in range(2):  # gradients add up, running means move
-        got = step(fused)
-        with nn.unfused():
-            wanted = step(alone)
-        for a, b in zip(got, wanted, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1, np.abs(b).max()))
+        same_step(fused, alone)
     assert bands == {"forward": 2 * convolutions, "backward": 2 * convolutions}
+
+
+def test_a_large_input_of_a_block_goes_straight_to_memory(isa):
+    """Its arrays have 9.8 MB: bands.pxi's FAR is 8."""
+    fused = net("residual blocks")
+    same_step(fused, copy.deepcopy(fused), n=16, size=98)
+
+
+def test_what_goes_straight_to_memory_must_be_aligned(monkeypatch):
+    def shifted(self, halo):
+        right = self.x.like(halo).array
+        return SimpleNamespace(
+            array=np.ndarray(right.shape, right.dtype, bytearray(2 * right.nbytes), 8, right.strides)
+        )
+
+    monkeypatch.setattr(Normed, "like", shifted)
+    with pytest.raises(ValueError, match="keep does not begin at a multiple of 64 bytes"):
+        step(net("residual blocks"))
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_in_evaluation_mode_too(name):
     fused = net(name)
     step(fused)
-    alone = copy.deepcopy(fused.eval())
-    got = step(fused)
-    with nn.unfused():
-        wanted = step(alone)
-    for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1, np.abs(b).max()))
+    same_step(fused.eval(), copy.deepcopy(fused))
 
 
 def test_in_evaluation_what_is_not_finite_stays_in_its_image():
