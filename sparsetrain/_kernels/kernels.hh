@@ -25,8 +25,8 @@ struct Segment {
     int32_t flags;  // FIRST, LAST
 };
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
-enum { STEPS = 3 };           // so far ahead of their use the offsets and entries of a list are read
-enum { ROWS_AT_ONCE = 4 };    // rows of a segment of a dense layer; 1 in a sparse one
+enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
+enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
 // Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into
