@@ -1,6 +1,7 @@
 """Memory as the kernels like it: aligned, and in huge pages where the system gives them."""
 
 import mmap
+from contextlib import suppress
 
 import numpy as np
 
@@ -18,5 +19,6 @@ def zeros(size):
     memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     raw = np.frombuffer(memory, np.uint8)
     begin = -raw.ctypes.data % HUGE
-    memory.madvise(mmap.MADV_HUGEPAGE, begin, size // HUGE * HUGE)  # of one that is not filled the rest would be lost
+    with suppress(OSError):  # a kernel that knows no huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, size // HUGE * HUGE)  # of one not filled the rest would be lost
     return raw[begin:][:size]

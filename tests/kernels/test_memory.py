@@ -22,18 +22,28 @@ def mapping_of(address):
     raise AssertionError(f"{address:#x} is not mapped")
 
 
+def flags(address):
+    return re.search(r"^VmFlags:.*$", mapping_of(address), re.MULTILINE).group().split()
+
+
 @pytest.mark.parametrize("size", [1, 63, 4096, memory.HUGE - 1, memory.HUGE, 3 * memory.HUGE + 1])
 def test_zero_and_aligned(size):
     found = memory.zeros(size)
     assert found.shape == (size,) and found.dtype == np.uint8
-    assert found.ctypes.data % (64 if size < memory.HUGE else memory.HUGE) == 0
+    assert found.ctypes.data % 64 == 0
     assert not found.any()
 
 
 @pytest.mark.skipif(not MAPS.exists() or not GIVEN.exists(), reason="needs Linux with transparent huge pages")
-def test_large_memory_may_have_huge_pages():
-    found = memory.zeros(4 * memory.HUGE)
-    found[:] = 1
-    entry = mapping_of(found.ctypes.data)
-    assert entry.split()[1] == "rw-p"  # shared memory would get none
-    assert " hg" in re.search(r"^VmFlags:.*$", entry, re.MULTILINE).group()
+def test_huge_pages_are_asked_for_where_they_are_filled():
+    begin = memory.zeros(4 * memory.HUGE + 4096).ctypes
+    assert begin.data % memory.HUGE == 0
+    assert mapping_of(begin.data).split()[1] == "rw-p"  # shared memory would get none
+    assert "hg" in flags(begin.data)
+    assert "hg" not in flags(begin.data + 4 * memory.HUGE)
+
+
+@pytest.mark.skipif(not hasattr(memory.mmap, "MADV_HUGEPAGE"), reason="needs a system that can be asked for huge pages")
+def test_a_system_without_huge_pages_gives_others(monkeypatch):
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 12345)  # an advice that no kernel knows: EINVAL, as without them
+    assert not memory.zeros(3 * memory.HUGE).any()
