@@ -38,12 +38,9 @@ class Normed:
 
     def __init__(self, x, norm, add=None, relu=False):
         self.x, self.norm, self.add, self.relu = x, norm, add, relu
+        self.n, self.ndim, self.dtype, self.shape = x.n, x.ndim, x.dtype, x.shape
         self.keep = self.formed = None
 
-    n = property(lambda self: self.x.n)
-    ndim = property(lambda self: self.x.ndim)
-    dtype = property(lambda self: self.x.dtype)
-    shape = property(lambda self: self.x.shape)
     array = property(lambda self: self.with_halo((0, 0)).array)
     halo = property(lambda self: self.with_halo((0, 0)).halo)
 

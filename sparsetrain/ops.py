@@ -17,7 +17,7 @@ from sparsetrain.record import tell, told
 
 def planned(weight, kind, geometry, build, *blocked):
     """The plan of this kind for arrays of these strides, made once for the weight's structure."""
-    layout = tuple((b.array.shape, b.array.strides) for b in blocked)
+    layout = tuple([(b.array.shape, b.array.strides) for b in blocked])
     key = (kind, geometry, layout, core.get_isa(), choices.edition())
     plan = weight.structure.plans.get(key)
     if plan is None:

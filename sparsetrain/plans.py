@@ -30,14 +30,13 @@ class Geometry:
 
     def reach(self, kernel):
         """Distance in pixels between the first and the last tap."""
-        return tuple(d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True))
+        (vertical, horizontal), (height, width) = self.dilation, kernel
+        return vertical * (height - 1), horizontal * (width - 1)
 
     def output(self, kernel, height, width):
         """Height and width of the output; 0 or less where the kernel is larger than the padded input."""
-        return tuple(
-            (n + 2 * p - r - 1) // s + 1
-            for n, p, r, s in zip((height, width), self.padding, self.reach(kernel), self.stride, strict=True)
-        )
+        (down, right), (above, beside), (below, across) = self.stride, self.padding, self.reach(kernel)
+        return (height + 2 * above - below - 1) // down + 1, (width + 2 * beside - across - 1) // right + 1
 
     def reads_in_step(self, kernel):
         """Whether each row of the input is read by the output row of its number, and no output row lies too low."""

@@ -34,11 +34,12 @@ template <class T> INLINE Band own_rows(const Bands<T> &a, const Band &b) {
 }
 
 // relu(x scale + shift + add) of the lines that stand for rows of x, and those of them that are `own` to `keep` too.
-template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &own, T *lines) {
+template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &own, T *lines, Ahead<T> &ahead) {
     const long width = a.x_shape.width * IMAGES;
     for (long c = 0; c < a.x_shape.channels; c++) {
         const T scale = a.scale[c], shift = a.shift[c];
         fill_lines(lines + c * a.x_channel, rows, a.x_row, a.padding[1] * IMAGES, a.x_shape, [&](T *out, long h) {
+            ahead.fetch_in_pass();
             const T *x = pixel_row(a.raw, rows.block, c, h);
             const T *other = a.add.data ? pixel_row(a.add, rows.block, c, h) : nullptr;
             T *keep = a.keep.data && h >= own.first && h < own.last ? pixel_row(a.keep, rows.block, c, h) : nullptr;
@@ -55,12 +56,14 @@ template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &
 }
 
 // The gradient of the convolution's output from that of its batch norm, as in batch_norm_backward().
-template <class T> void form_dy(const Bands<T> &a, const Band &rows, const Lanes<T> &lanes, T *out_lines) {
+template <class T>
+void form_dy(const Bands<T> &a, const Band &rows, const Lanes<T> &lanes, T *out_lines, Ahead<T> &ahead) {
     const long width = a.y_shape.width * IMAGES;
     const InLanes<T> in(lanes[rows.block]);
     for (long c = 0; c < a.y_shape.channels; c++) {
         const T scale = a.y_scale[c], mean = a.y_mean[c], mean_g = a.mean_g[c], slope = a.slope[c];
         fill_lines(out_lines + c * a.dy_channel, rows, a.dy_row, a.dy_halo[1] * IMAGES, a.y_shape, [&](T *out, long h) {
+            ahead.fetch_in_pass();
             const T *g = pixel_row(a.g, rows.block, c, h), *y = pixel_row(a.y, rows.block, c, h);
             for_row<T>(width, EACH {
                 store(out + i, scale * (load(g + i) - mean_g - (load(y + i) - mean) * slope) * in[k]);
@@ -72,7 +75,8 @@ template <class T> void form_dy(const Bands<T> &a, const Band &rows, const Lanes
 // Adds a band of y to the moments of its task: a value near all of it, set by the first band, and the sums of the
 // deviations from it and of their squares.
 template <class T>
-void add_moments(const Bands<T> &a, const Band &b, bool is_first, const Lanes<T> &lanes, double *moments) {
+void add_moments(const Bands<T> &a, const Band &b, bool is_first, const Lanes<T> &lanes, double *moments,
+                 Ahead<T> &ahead) {
     const T *present = lanes[b.block];
     const InLanes<T> in(present);
     double images = 0;
@@ -86,6 +90,7 @@ void add_moments(const Bands<T> &a, const Band &b, bool is_first, const Lanes<T>
         const T near = T(moments[0]);
         Sum<T> d1, d2;
         for_channel<T>({1, 1, b.last - b.first, a.y_shape.width, 0}, [&](long, long h) {
+            ahead.fetch_in_pass();
             const T *y = origin + h * a.y.row;
             for_row<T>(a.y_shape.width * IMAGES, EACH {
                 const V<T> d = (load(y + i) - near) * in[k];
@@ -97,12 +102,13 @@ void add_moments(const Bands<T> &a, const Band &b, bool is_first, const Lanes<T>
 }
 
 // dx becomes zero where ReLU did not let pass, and its sums, alone and with x - mean, are what the batch norm of x needs.
-template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *sums) {
+template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *sums, Ahead<T> &ahead) {
     const Shape &s = a.x_shape;
     for (long c = 0; c < s.channels; c++, sums += 2) {
         const T scale = a.scale[c], shift = a.shift[c], mean = a.x_mean[c];
         Sum<T> sg, sgx;
         for_channel<T>({1, 1, b.last - b.first, s.width, 0}, [&](long, long h) {
+            ahead.fetch_in_pass();
             const T *x = pixel_row(a.raw, b.block, c, b.first + h);
             const T *y = a.formed.data ? pixel_row(a.formed, b.block, c, b.first + h) : nullptr;
             const T *other = !y && a.add.data ? pixel_row(a.add, b.block, c, b.first + h) : nullptr;
@@ -123,10 +129,10 @@ template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *s
     }
 }
 
-// The band of rows first to last of a product that was planned for a.rows of them.
-template <class T> INLINE Product<T> band_of(const Product<T> &plan, int row_axis, long rows, const T *x, T *y) {
+// The band of so many rows of a product that was planned for a.rows of them.
+template <class T> INLINE Product<T> band_of(const Product<T> &plan, int row_axis, long rows) {
     Product<T> p = plan;
-    p.extent[row_axis] = rows, p.x = x, p.y = y;
+    p.extent[row_axis] = rows;
     return p;
 }
 template <class T> INLINE void run_band(const Product<T> &p, T *scratch, Ahead<T> &ahead) {
@@ -134,6 +140,13 @@ template <class T> INLINE void run_band(const Product<T> &p, T *scratch, Ahead<T
     for (long i = 0; i < n; i++) spmm_task(p, 0, cut(p, i), scratch, ahead);
 }
 template <class T> INLINE long band_segments(const Product<T> &p) { return n_tiles(p) * n_segments(p, 0); }
+// The time that a pass takes for a row, as a share of the product's for a segment: by counting vector operations, 4 a pixel
+// (loads, a store, waiting for L2) and 4 a position for its sums.
+template <class T> INLINE double row_time(const Product<T> &p, long width) {
+    if (!p.n_values) return 0;
+    const double positions = double(p.extent[0] * p.extent[1] * p.extent[2]);
+    return 4 * width * double(band_segments(p)) / (positions * double(p.n_values + 4 * n_segments(p, 0)));
+}
 
 template <class T>
 INLINE void fetch_rows(Ahead<T> &ahead, const View<T> &v, const Shape &s, Band b, bool write = false) {
@@ -172,16 +185,25 @@ template <class T> struct Run {
         return {now.block, now.first + (now.first == all.first ? -a.dy_halo[0] : a.dy_halo[0]), now.last + a.dy_halo[0]};
     }
     // Where x lies for a position in the first row of the band: in the array, or formed in scratch.
-    const T *x(T *scratch) const {
+    const T *x(T *scratch, Ahead<T> &ahead) const {
         if (a.formed.data) return a.formed.data + now.block * a.formed.block + now.first * a.stride * a.formed.row;
         const Band rows = new_x();
-        form_x(a, rows, own_rows(a, all), scratch + (rows.first - x_row(all.first)) * a.x_row);
+        form_x(a, rows, own_rows(a, all), scratch + (rows.first - x_row(all.first)) * a.x_row, ahead);
         return scratch + (now.first - all.first) * a.stride * a.x_row + a.padding[0] * a.x_row + a.padding[1] * IMAGES;
     }
-    const T *dy(T *scratch, const Lanes<T> &lanes) const {
+    const T *dy(T *scratch, const Lanes<T> &lanes, Ahead<T> &ahead) const {
         const Band rows = new_dy();
-        form_dy(a, rows, lanes, scratch + (rows.first - all.first + a.dy_halo[0]) * a.dy_row);
+        form_dy(a, rows, lanes, scratch + (rows.first - all.first + a.dy_halo[0]) * a.dy_row, ahead);
         return scratch + (now.first - all.first + a.dy_halo[0]) * a.dy_row + a.dy_halo[1] * IMAGES;
+    }
+    // Rows that the passes which form them go through.
+    long formed_x() const {
+        const Band rows = new_x();
+        return a.formed.data ? 0 : a.x_shape.channels * (rows.last - rows.first);
+    }
+    long formed_dy() const {
+        const Band rows = new_dy();
+        return a.y_shape.channels * (rows.last - rows.first);
     }
     void fetch_x(Ahead<T> &ahead) const {
         if (a.formed.data) return fetch_rows(ahead, a.formed, a.x_shape, new_x());
@@ -195,17 +217,19 @@ template <class T> void conv_band(const Bands<T> *a, long task, T *scratch) {
     for (Run<T> run(*a, task); !run.done(); run.next()) {
         const Run<T> coming = run.following(task + a->later);
         const Band &b = run.now, &next = coming.now;
-        T *y = pixel_row(a->y, b.block, 0, b.first);
-        const Product<T> p = band_of(a->forward, a->forward_axis, b.last - b.first, run.x(scratch), y);
+        Product<T> p = band_of(a->forward, a->forward_axis, b.last - b.first);
         Ahead<T> ahead;
         if (next.first < next.last) {
             coming.fetch_x(ahead);
             fetch_rows(ahead, a->y, a->y_shape, next, true);
             if (!a->keep_far) fetch_rows(ahead, a->keep, a->x_shape, own_rows(*a, next), true);
         }
-        ahead.spread_over(band_segments(p));
+        const long summed = a->moments ? a->y_shape.channels * (b.last - b.first) : 0;
+        ahead.spread_over(band_segments(p), run.formed_x() + summed, row_time(p, a->y_shape.width));
+        p.x = run.x(scratch, ahead), p.y = pixel_row(a->y, b.block, 0, b.first);
         run_band(p, scratch + a->x_size, ahead);
-        if (a->moments) add_moments(*a, b, b.first == run.all.first, lanes, a->moments + task * 3 * a->y_shape.channels);
+        if (a->moments)
+            add_moments(*a, b, b.first == run.all.first, lanes, a->moments + task * 3 * a->y_shape.channels, ahead);
     }
     finish_stores();
 }
@@ -223,15 +247,13 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
         for (Run<T> run(*a, task); !run.done(); run.next()) {
             const Run<T> coming = run.following(task + 1 < end ? task + 1 : later);
             const Band &b = run.now, &next = coming.now, own = own_rows(*a, b);
-            const T *x = run.x(scratch), *dy = run.dy(dy_scratch, lanes);
-            const Product<T> gradient = band_of(a->gradient, a->gradient_axis, b.last - b.first, x, const_cast<T *>(dy));
-            Product<T> phases[MAX_PHASES];
+            Product<T> gradient = band_of(a->gradient, a->gradient_axis, b.last - b.first), phases[MAX_PHASES];
             long n = 0, segments = band_segments(gradient);
             for (int i = 0; i < a->phases; i++) {
                 const long rows = (own.last - own.first - i / a->phases_across + a->stride - 1) / a->stride;
                 if (rows <= 0) continue;
-                T *dx = pixel_row(a->dx, b.block, 0, own.first) + a->input_origin[i];
-                phases[n] = band_of(a->input[i], a->input_axis[i], rows, dy, dx);
+                phases[n] = band_of(a->input[i], a->input_axis[i], rows);
+                phases[n].y = pixel_row(a->dx, b.block, 0, own.first) + a->input_origin[i];
                 segments += band_segments(phases[n++]);
             }
             Ahead<T> ahead;
@@ -241,10 +263,14 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
                 if (sums && a->formed.data) fetch_rows(ahead, a->raw, a->x_shape, own_rows(*a, next));
                 if (a->phases) fetch_rows(ahead, a->dx, a->x_shape, own_rows(*a, next), true);
             }
-            ahead.spread_over(segments);
+            const long summed = sums ? a->x_shape.channels * (own.last - own.first) : 0;
+            const long rows = run.formed_x() + run.formed_dy() + summed;
+            ahead.spread_over(segments, rows, row_time(gradient, a->y_shape.width));
+            const T *x = run.x(scratch, ahead), *dy = run.dy(dy_scratch, lanes, ahead);
+            gradient.x = x, gradient.y = const_cast<T *>(dy);
             for (long i = 0; i < n_tiles(gradient); i++) sddmm_task(gradient, 0, cut(gradient, i), dvalues, ahead);
-            for (long i = 0; i < n; i++) run_band(phases[i], tile_scratch, ahead);
-            if (sums) mask_and_sum(*a, own, sums);
+            for (long i = 0; i < n; i++) phases[i].x = dy, run_band(phases[i], tile_scratch, ahead);
+            if (sums) mask_and_sum(*a, own, sums, ahead);
         }
 }
 
@@ -253,6 +279,7 @@ template <class T> void norm_gradient_sums(const Bands<T> *a, long part) {
     FlushToZero flush;
     double *sums = a->sums + part * 2 * a->x_shape.channels;
     for (long i = 0; i < 2 * a->x_shape.channels; i++) sums[i] = 0;
+    Ahead<T> nothing;
     for (long block = a->x_shape.blocks * part / a->parts; block < a->x_shape.blocks * (part + 1) / a->parts; block++)
-        mask_and_sum(*a, {block, 0, a->x_shape.height}, sums);
+        mask_and_sum(*a, {block, 0, a->x_shape.height}, sums, nothing);
 }

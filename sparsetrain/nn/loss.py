@@ -19,13 +19,14 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
     n, classes = logits.shape
     if labels.shape != (n,):
         raise ValueError(f"labels have shape {labels.shape}, must be ({n},) as logits have shape {logits.shape}")
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
-        raise ValueError(f"labels[{wrong[0]}] is {labels[wrong[0]]}, must be in [0, {classes})")
+    wrong = labels.view(np.uint64) >= classes  # so seen, those below 0 are large
+    if wrong.any():
+        first = wrong.argmax()
+        raise ValueError(f"labels[{first}] is {labels[first]}, must be in [0, {classes})")
     smoothing = checks.number("label_smoothing", label_smoothing, low=0, high=1)
     loss, gradient = np.empty(n), np.empty_like(logits, order="C")
     core.cross_entropy(np.ascontiguousarray(logits), np.ascontiguousarray(labels), smoothing, loss, gradient)
-    return float(loss.mean()), gradient
+    return float(loss.sum() / n), gradient
 
 
 def mse_loss(y, target):
