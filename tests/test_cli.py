@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
-from sparsetrain import choices, cli, named
+from sparsetrain import choices, cli, data, named
+from sparsetrain.commands.train_options import OPTIONS
 from sparsetrain.data import Dataset
-from sparsetrain.train import Trainer
+from sparsetrain.train import CSVLog, Trainer
 
 FAST = ["--epochs", "2", "--batch-size", "32", "--warmup", "0", "--lr", "0.05"]
 
@@ -32,7 +33,7 @@ def stripes(n, shape=(1, 28, 28), seed=0):
 def folder(tmp_path, monkeypatch):
     """An empty current folder, a small data set in place of every named one, settings restored."""
     small = Dataset("small", stripes(96), stripes(48, seed=1), ("a", "b", "c", "d"))
-    monkeypatch.setattr(cli.data, "load", lambda name, data_dir: small)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: small)
     monkeypatch.chdir(tmp_path)
     threads, isa = st.get_num_threads(), st.get_isa()
     yield tmp_path
@@ -130,7 +131,7 @@ def test_normalisation_is_the_one_given(folder):
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
-@pytest.mark.parametrize("name", cli.MODELS)
+@pytest.mark.parametrize("name", named.MODELS)
 def test_every_model_takes_every_data_set(name, shape):
     assert named.model(name, shape, 4).summary(shape).rows[-1].output == (4,)
 
@@ -138,7 +139,7 @@ def test_every_model_takes_every_data_set(name, shape):
 @pytest.mark.parametrize("stop_in", ["sparse", "dense"])
 def test_ctrl_c_and_resume(folder, capsys, monkeypatch, stop_in):
     assert cli.main(["train", *FAST, "--out", "whole"]) == 0
-    on_epoch_end = cli.CSVLog.on_epoch_end
+    on_epoch_end = CSVLog.on_epoch_end
 
     def interrupted(log, trainer, row):
         in_dense = "dense" in str(log.path)
@@ -146,13 +147,13 @@ def test_ctrl_c_and_resume(folder, capsys, monkeypatch, stop_in):
             raise KeyboardInterrupt
         on_epoch_end(log, trainer, row)
 
-    monkeypatch.setattr(cli.CSVLog, "on_epoch_end", interrupted)
+    monkeypatch.setattr(CSVLog, "on_epoch_end", interrupted)
     assert cli.main(["train", *FAST, "--out", "half"]) == 130
     assert "sparsetrain train --resume half" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     small = Dataset("small", stripes(96), stripes(48, seed=1), ("a", "b", "c", "d"))
-    monkeypatch.setattr(cli.data, "load", lambda name, data_dir: small)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: small)
     assert cli.main(["train", "--resume", "half"]) == 0
     for log in ("history.csv", "dense/history.csv"):
         assert history(f"half/{log}") == history(f"whole/{log}")
@@ -162,7 +163,7 @@ def test_ctrl_c_outside_the_loop(folder, capsys, monkeypatch):
     def load(name, data_dir):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.data, "load", load)
+    monkeypatch.setattr(data, "load", load)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "sparsetrain: interrupted\n"
     assert not any(folder.iterdir())
@@ -256,7 +257,7 @@ def test_plans_stay_with_the_run(folder, monkeypatch):
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     loaded = []
-    monkeypatch.setattr(cli.choices, "load", loaded.append)
+    monkeypatch.setattr(choices, "load", loaded.append)
     assert cli.main(["train", "--resume", "../two", "--epochs", "2"]) == 0
     assert loaded == [str(folder / "plans.json")]
 
@@ -264,9 +265,9 @@ def test_plans_stay_with_the_run(folder, monkeypatch):
 def test_help_explains_every_option(capsys):
     assert cli.main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name in cli.OPTIONS:
+    for name in OPTIONS:
         assert f"--{name}" in text
-    assert text.count("(default: ") == len(cli.OPTIONS)
+    assert text.count("(default: ") == len(OPTIONS)
     assert "SUPPRESS" not in text
 
 

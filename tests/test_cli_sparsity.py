@@ -11,10 +11,11 @@ import safetensors.numpy
 import sparsetrain as st
 import torch_files
 from sparsetrain import cli, data, nn
+from sparsetrain.commands.train_options import FINETUNE
 from sparsetrain.data import Dataset
 from sparsetrain.interchange import load_state, read_state, write_state, zeros_to_structure
 from sparsetrain.sparse import SparseParameter
-from sparsetrain.train import Trainer
+from sparsetrain.train import Checkpoint, Trainer
 
 QUICK = ["--model", "lenet300", "--epochs", "1", "--warmup", "0", "--lr", "0.02", "--batch-size", "32", "--quiet"]
 RUN = [*QUICK, "--no-compare", "--out", "run"]
@@ -41,7 +42,7 @@ def small():
 @pytest.fixture
 def folder(small, tmp_path, monkeypatch):
     """An empty current folder, and the small data set in place of every named one."""
-    monkeypatch.setattr(cli.data, "load", lambda name, data_dir: small)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: small)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # curves take longer than these runs
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -154,17 +155,17 @@ def test_resume(folder, monkeypatch, method):
     change = EVERY[method]
     common = [*QUICK, "--no-compare", "--method", method, "--epochs", "2", "--checkpoint-every", "1", *change]
     assert cli.main(["train", *common, "--out", "whole"]) == 0
-    save = cli.Checkpoint.on_batch_end
+    save = Checkpoint.on_batch_end
 
     def stop(checkpoint, trainer, mean):
         save(checkpoint, trainer, mean)
         if trainer.step == 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Checkpoint, "on_batch_end", stop)
+    monkeypatch.setattr(Checkpoint, "on_batch_end", stop)
     assert cli.main(["train", *common, "--out", "half"]) == 130
     assert Trainer.resume("half/checkpoint.safetensors", schedule=None).step == 8
-    monkeypatch.setattr(cli.Checkpoint, "on_batch_end", save)
+    monkeypatch.setattr(Checkpoint, "on_batch_end", save)
     assert cli.main(["train", "--resume", "half"]) == 0
     assert history("half/history.csv") == history("whole/history.csv")
     ours, theirs = (model(f"{name}/checkpoint.safetensors").state_dict() for name in ("half", "whole"))
@@ -365,7 +366,7 @@ def test_with_changes_and_a_dense_twin(folder):
 def test_help_of_finetune(capsys):
     assert cli.main(["finetune", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name in cli.FINETUNE:
+    for name in FINETUNE:
         assert f"--{name}" in text
     assert "--resume" not in text and "SUPPRESS" not in text
 

@@ -20,7 +20,7 @@ LAYERS = [
         "profile",
         "__init__",
         "named",
-        "profile_command",
+        "commands",
         "cli",
         "__main__",
     ),

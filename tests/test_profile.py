@@ -331,9 +331,9 @@ def test_the_command_refuses(arguments, words, tmp_path, monkeypatch, capsys):
 
 
 def test_help_explains_every_option(capsys):
-    from sparsetrain import profile_command
+    from sparsetrain.commands import profile
 
     assert cli.main(["profile", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert all(f"--{name}" in text for name in profile_command.OPTIONS)
-    assert text.count("(default: ") == len(profile_command.OPTIONS)
+    assert all(f"--{name}" in text for name in profile.OPTIONS)
+    assert text.count("(default: ") == len(profile.OPTIONS)

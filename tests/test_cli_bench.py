@@ -8,7 +8,8 @@ import pytest
 import bench_runs
 import sparsetrain as st
 from sparsetrain import cli
-from sparsetrain.bench import command, load, machine, results
+from sparsetrain.bench import load, machine, results
+from sparsetrain.commands import bench as command
 
 PNG = b"\x89PNG"
 FIGURES = {"roofline.png", "sparsity.png", "weights.png", "scaling.png"}
