@@ -116,7 +116,7 @@ class Sequential(Module):
 def _first_to_train(layers):
     """How many layers at the beginning have no parameters: nobody needs their gradients."""
     for i, layer in enumerate(layers):
-        if not isinstance(layer, Module) or layer.parameters():
+        if not isinstance(layer, Module) or next(layer.named_parameters(), None):
             return i
     return len(layers)
 
