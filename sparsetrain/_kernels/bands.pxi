@@ -33,11 +33,6 @@ cdef class BandPlan:
             self.tile_size = max(self.tile_size, (p.rows + p.rows_at_once) * p._tile[1] * p._tile[2] * 16)
 
 
-# A map of so many bytes is no longer in L3 (32 MB) when the end of a residual block reads it again, four maps later: it is
-# stored past the caches. Of a step, at 99 %, ResNet-20 with batch 128 takes 0.97 so, ResNet-18 with 64 takes 0.96.
-cdef enum:
-    FAR = 8 << 20
-
 cdef bint _from_the_end = True
 
 
@@ -121,9 +116,7 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
     if keep is not None:
         same_shape(x, keep)
         a.keep = view(keep)  # OUT
-        a.keep_far = keep.shape[0] * keep.strides[0] >= FAR
-        if <size_t>a.keep.data % 64:
-            raise ValueError("keep does not begin at a multiple of 64 bytes")
+        a.keep_far = is_far(keep)
     a.moments = NULL
     if mean is not None:
         same_length("mean", mean.shape[0], channels)

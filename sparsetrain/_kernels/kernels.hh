@@ -47,6 +47,7 @@ template <class T> struct Product {
     const T *values;
     const T *bias;           // or null
     bool accumulate, relu;   // add to y; what is below zero becomes zero
+    bool far;                // y, whose lines are whole, goes straight to memory
     T *dvalues;              // sddmm: parts arrays of n_values partial gradients
     const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
     long n_values, parts;

@@ -47,7 +47,7 @@ cdef extern from "dispatch.hh" nogil:
         long origin, x_channel, channels
         const T *values
         const T *bias
-        bint accumulate, relu
+        bint accumulate, relu, far
         T *dvalues
         const int32_t *first_value
         long n_values, parts

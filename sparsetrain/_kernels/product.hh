@@ -109,11 +109,14 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                 }
             }
             if (s->flags & LAST) {
-                const bool relu = a.relu;
+                const bool relu = a.relu, far = WHOLE_LINES && a.far;
                 UNROLL for (int u = 0; u < U; u++) if (U == 1 || s->row + u < a.rows)
-                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
-                        store((Result<T> *)(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2]),
-                              finished<T>(a, s->row + u, relu, acc[u][r][w]));
+                    UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++) {
+                        auto to = (Result<T> *)(out + u * a.y_channel + r * a.y_step[1] + w * a.y_step[2]);
+                        const auto v = finished<T>(a, s->row + u, relu, acc[u][r][w]);
+                        if (far) store_past_cache(to, v);
+                        else store(to, v);
+                    }
             } else {
                 UNROLL for (int u = 0; u < U; u++) UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int w = 0; w < W; w++) store(part + ((u * R + r) * W + w) * IMAGES, acc[u][r][w]);
@@ -360,6 +363,7 @@ template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
     if (a->rows_at_once == 1 && number + 1 < n) fetch_x(ahead, *a, cut(*a, number + 1));
     ahead.spread_over(n_segments(*a, chunk));
     spmm_task(*a, chunk, cut(*a, number), scratch, ahead);
+    if (a->far) finish_stores();
 }
 
 template <class T> void sddmm(const Product<T> *a, long task) {

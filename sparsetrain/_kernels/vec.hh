@@ -66,6 +66,7 @@ template <class T> INLINE void store_past_cache(T *p, V<T> v) {
     store(p, v);
 #endif
 }
+constexpr bool WHOLE_LINES = VEC_BYTES == 64;  // a store fills a line; of two halves that come one by one memory reads the rest
 INLINE void finish_stores() {
 #if defined(__SSE2__)
     _mm_sfence();

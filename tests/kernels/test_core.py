@@ -271,6 +271,31 @@ def test_a_plan_is_for_one_layout():
         core.spmm(step.plan, x.array, step.values(weight.data.reshape(-1)), np.zeros(3, np.float32), y.array)
 
 
+def test_a_large_result_goes_straight_to_memory(isa, threads):
+    """y and dx have 10 MB, product.pxi's FAR is 8: what an image has is what it has in a small batch."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((16, 16, 3, 3), np.float32)
+    parameter = SparseParameter.from_dense(weight, rng.random(weight.shape) < 0.05)
+    geometry = plans.Geometry(padding=(1, 1))
+    images = rng.standard_normal((160, 16, 32, 32), np.float32)
+
+    def both(images):
+        x = activation(images, (1, 1))
+        dx = ops.input_gradient(x, parameter, geometry, arrays.pack(images, (1, 1)))
+        return arrays.unpack(ops.conv2d(x, parameter, None, geometry)), arrays.unpack(dx)
+
+    y, dx = both(images)
+    for few in (slice(16), slice(144, 160)):
+        small_y, small_dx = both(images[few])
+        np.testing.assert_array_equal(y[few], small_y)
+        np.testing.assert_array_equal(dx[few], small_dx)
+    x, right = activation(images, (1, 1)), arrays.empty(160, 16, 32, 32, np.float32)
+    step = plans.forward(parameter.structure, geometry, x, right)
+    shifted = np.ndarray(right.array.shape, np.float32, bytearray(2 * right.array.nbytes), 8, right.array.strides)
+    core.spmm(step.plan, x.array, parameter.data, None, shifted)  # no whole lines of memory
+    np.testing.assert_array_equal(arrays.unpack(arrays.Blocked(shifted, 160, (0, 0), 4)), y)
+
+
 # ---- other layers
 
 SHAPES = [(1, 1, 1, 1), (15, 3, 2, 5), (16, 2, 3, 3), (33, 5, 7, 4), (40, 16, 9, 17)]
