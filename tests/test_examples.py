@@ -10,7 +10,7 @@ import pytest
 
 import sparsetrain as st
 from gradcheck import gradcheck
-from sparsetrain import cli, data, nn
+from sparsetrain import cli, data, named, nn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_readme_names_only_options_that_exist(capsys):
 
 
 def test_readme_lists_every_model_and_data_set():
-    for name in (*cli.MODELS, *data.NAMES):
+    for name in (*named.MODELS, *data.NAMES):
         assert f"`{name}`" in README
     for name in nn.__all__:
         if isinstance(getattr(nn, name), type):

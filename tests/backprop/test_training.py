@@ -254,7 +254,7 @@ def folder(tmp_path, monkeypatch):
         return x, y
 
     small = Dataset("small", stripes(104, 0), stripes(48, 1), ("a", "b", "c", "d"))
-    monkeypatch.setattr(cli.data, "load", lambda name, data_dir: small)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: small)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
