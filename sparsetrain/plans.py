@@ -73,12 +73,12 @@ def strides(blocked):
 # ---- segments
 
 
-def _segments(rows, groups, row_values, chunks, every_row=True):
+def _segments(rows, groups, chunks, every_row=True):
     """Runs of entries of one row and one group of channels, sorted by chunk of rows, group and row.
 
     rows and groups: of each entry, rows ascending and groups ascending within a row. chunks: the row at which
-    each chunk begins, and the end. row_values is rows_at_once. Rows without entries get an empty run if every_row.
-    Returns segments (n, 5) and the bounds of the chunks in them, both int32.
+    each chunk begins, and the end. Rows without entries get an empty run if every_row.
+    Returns segments (n, 4) and the bounds of the chunks in them, both int32.
     """
     n = len(rows)
     new = np.flatnonzero(np.r_[True, (np.diff(rows) != 0) | (np.diff(groups) != 0)]) if n else np.zeros(0, int)
@@ -93,8 +93,19 @@ def _segments(rows, groups, row_values, chunks, every_row=True):
     count, flags = np.r_[count, blank], np.r_[flags, blank + (FIRST | LAST)]
     chunk = np.searchsorted(chunks, row, side="right") - 1
     order = np.lexsort((row, group, chunk))
-    segments = np.stack([row, new, count, new * row_values, flags], axis=1)[order].astype(np.int32)
+    segments = np.stack([row, new, count, flags], axis=1)[order].astype(np.int32)
     return segments, np.searchsorted(chunk[order], np.arange(len(chunks))).astype(np.int32)
+
+
+def _dense_segments(rows, groups, pieces):
+    """The same of blocks of ROWS_AT_ONCE rows that have all the entries, groups ascending, cut into at most `pieces`
+    chunks; and the block at which each chunk begins."""
+    blocks, n = -(-rows // ROWS_AT_ONCE), len(groups)
+    chunks = _cut_rows(np.full(blocks, n), pieces)
+    segments, bounds = _segments(np.repeat(np.arange(blocks), n), np.tile(groups, blocks), chunks)
+    segments[:, 0] *= ROWS_AT_ONCE
+    segments[:, 1] %= max(n, 1)
+    return segments, bounds, chunks
 
 
 def _cut_rows(weights_of_row, pieces):
@@ -105,8 +116,9 @@ def _cut_rows(weights_of_row, pieces):
 
 
 def _plan(
-    x, y, grid, tile, order, group, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts, weights
-):
+    x, y, grid, tile, order, group, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts,
+    weights, places=None, row_step=0,
+):  # fmt: skip
     positions = math.prod(grid.extent)
     # A tile's first rows and columns of x are the last ones of the tiles before, and need not be fetched again; rows
     # only if all channels of them still lie in L2.
@@ -118,6 +130,8 @@ def _plan(
         known[0] = 0
     return core.Plan(
         offsets=np.pad(offsets, (0, STEPS)).astype(np.int32),
+        places=places,
+        row_step=row_step,
         segments=segments,
         chunks=chunks,
         first_value=first_value,
@@ -143,58 +157,49 @@ def _plan(
 
 @dataclass
 class Pass:
-    """One product: its plan, and where the values come from if not the parameter's own, in their order.
-
-    values[(b * entries + e) * rows_at_once + r] = data[source[e] + (b * rows_at_once + r) * row_step].
-    """
+    """One product: its plan, and which of the parameter's values are the plan's, None if they are in its order."""
 
     plan: object
     source: np.ndarray | None = None
-    rows_at_once: int = 1
-    n_rows: int = 1
-    row_step: int = 0
 
-    _packed: np.ndarray | None = None  # kept from call to call, so that nothing is allocated
+    _sorted: np.ndarray | None = None  # kept from call to call, so that nothing is allocated
 
     def values(self, data):
         """The parameter's flat values in the order of the plan; the next call writes over them."""
         if self.source is None:
             return data
-        if self._packed is None or self._packed.dtype != data.dtype:
-            blocks = -(-self.n_rows // self.rows_at_once)
-            self._packed = np.empty(len(self.source) * self.rows_at_once * blocks, data.dtype)
-        core.pack_values(data, self.source, self.rows_at_once, self.n_rows, self.row_step, self._packed)
-        return self._packed
+        if self._sorted is None or self._sorted.dtype != data.dtype:
+            self._sorted = np.empty(len(self.source), data.dtype)
+        core.collect_values(data, self.source, self._sorted, False)
+        return self._sorted
 
 
-def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, dense_step, tasks):
-    """The Pass that writes y. entry_row None: every row has all the entries (a dense layer, values packed
-    ROWS_AT_ONCE rows side by side, row_step dense_step); else entry_row ascends and the values are one an entry."""
+def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, row_step, n_values, tasks):
+    """The Pass that writes y.
+
+    entry_row: of each entry, ascending, and source its value, None for all of them in order. In a dense layer
+    entry_row is None, every row has all the entries, and source says where their values lie in the first row,
+    row_step before those of the next.
+    """
     limit, _, dense_limit = core.tile_limits()
-    at_once = ROWS_AT_ONCE if entry_row is None else 1
-    weights = len(offsets) * (rows if entry_row is None else 1)
+    dense = entry_row is None
+    at_once = ROWS_AT_ONCE if dense else 1
+    weights = len(offsets) * (rows if dense else 1)
     order, tile, group = choose_tile(
-        grid, rows, channels, weights, dense_limit if entry_row is None else limit, at_once, x.array.itemsize
+        grid, rows, channels, weights, dense_limit if dense else limit, at_once, x.array.itemsize
     )
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
     pieces = -(-tasks // tiles)
     groups = entry_channel // group
-    if entry_row is None:
-        blocks = -(-rows // ROWS_AT_ONCE)
-        n = len(offsets)
-        chunks = _cut_rows(np.full(blocks, n), pieces)
-        segments, bounds = _segments(np.repeat(np.arange(blocks), n), np.tile(groups, blocks), at_once, chunks)
-        segments[:, 0] *= ROWS_AT_ONCE
-        segments[:, 1] %= max(n, 1)
-        n_values = n * ROWS_AT_ONCE * blocks
-        plan = _plan(
-            x, y, grid, tile, order, group, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights
-        )
-        return Pass(plan, source, ROWS_AT_ONCE, rows, dense_step)
-    chunks = _cut_rows(np.bincount(entry_row, minlength=rows), pieces)
-    segments, bounds = _segments(entry_row, groups, 1, chunks)
-    plan = _plan(x, y, grid, tile, order, group, rows, 1, offsets, segments, bounds, None, weights, 1, weights)
-    return Pass(plan, source)
+    if dense:
+        segments, bounds, _ = _dense_segments(rows, groups, pieces)
+    else:
+        segments, bounds = _segments(entry_row, groups, _cut_rows(np.bincount(entry_row, minlength=rows), pieces))
+    plan = _plan(
+        x, y, grid, tile, order, group, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights,
+        source if dense else None, row_step,
+    )  # fmt: skip
+    return Pass(plan, None if dense else source)
 
 
 # ---- the three products of a layer
@@ -253,10 +258,10 @@ def _forward_entries(structure, geometry, x):
 def forward(structure, geometry, x, y, tasks=TASKS):
     """The Pass y = W x, in at least so many tasks if the shape allows."""
     row, channel, offsets = _forward_entries(structure, geometry, x)
-    columns = math.prod(structure.shape[1:])
     source = np.arange(len(offsets), dtype=np.int32) if row is None else None
     grid = _forward_grid(structure, geometry, x, y)
-    return _spmm(x, y, grid, structure.shape[0], x.array.shape[1], row, channel, offsets, source, columns, tasks)
+    rows, channels, columns = structure.shape[0], x.array.shape[1], len(offsets)
+    return _spmm(x, y, grid, rows, channels, row, channel, offsets, source, columns, structure.nnz, tasks)
 
 
 def input_gradient(structure, geometry, dy, dx, tasks=TASKS):
@@ -282,11 +287,9 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS):
         grid = Grid((blocks, -(-(height - a) // sh), -(-(width - b) // sw)), span, first, (1, 1), (sh, sw), (a, b))
         offsets = _offsets(oc[here], vertical, horizontal, dy)
         entry_row = None if new_row is None else new_row[here]
-        passes.append(
-            _spmm(
-                dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, source[here].astype(np.int32), taps, tasks
-            )
-        )
+        used = source[here].astype(np.int32)
+        n_values = structure.nnz if new_row is None else len(used)
+        passes.append(_spmm(dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, used, taps, n_values, tasks))
     return passes
 
 
@@ -325,16 +328,12 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
     blocks = -(-out // at_once)
     parts = _gradient_parts(tiles, tasks, blocks, x.array.size, weights)
     if row is None:
-        n = len(offsets)
-        chunks = _cut_rows(np.full(blocks, n), tasks // parts)
-        segments, bounds = _segments(np.repeat(np.arange(blocks), n), np.tile(channel // group, blocks), 0, chunks)
-        segments[:, 0] *= at_once
-        segments[:, 1] %= max(n, 1)
-        first_value = np.minimum(chunks * at_once, out) * n
+        segments, bounds, chunks = _dense_segments(out, channel // group, tasks // parts)
+        first_value = np.minimum(chunks * at_once, out) * len(offsets)
     else:
         indptr = structure.csr()[0]
         chunks = _cut_rows(np.diff(indptr), tasks // parts)
-        segments, bounds = _segments(row, channel // group, 1, chunks, every_row=False)
+        segments, bounds = _segments(row, channel // group, chunks, every_row=False)
         first_value = indptr[chunks]
     return _plan(
         x, dy, grid, tile, order, group, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,

@@ -19,9 +19,8 @@ struct Shape {
 // The stored weights that some rows (output channels) of a layer have in one group of input channels.
 struct Segment {
     int32_t row;    // the first of the rows
-    int32_t entry;  // offsets[entry] and the next count - 1 say where the weights read x
+    int32_t entry;  // offsets[entry] and the next count - 1 say where they read x
     int32_t count;
-    int32_t value;  // values[value + rows * e + r] is the weight of entry e in row r
     int32_t flags;  // FIRST, LAST
 };
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
@@ -35,6 +34,7 @@ template <class T> struct Product {
     const T *x;
     T *y;
     const int32_t *offsets;  // and STEPS zeros
+    const int32_t *places;   // in a dense layer, whose rows share the entries: values[places[e] + row * row_step]
     const Segment *segments;
     const int32_t *chunks;  // the segments of chunk c are chunks[c] to chunks[c + 1]
     long rows;              // all output channels
@@ -44,7 +44,8 @@ template <class T> struct Product {
     // What to fetch of x for a tile: tile[i] * pixels[i] + overlap[i] pixels on axis i, pixel[i] elements apart, from
     // x + origin on
     long pixels[3], overlap[3], pixel[3], origin, x_channel, channels;
-    const T *values;
+    const T *values;         // in a sparse layer one an entry
+    long row_step;
     const T *bias;           // or null
     bool accumulate, relu;   // add to y; what is below zero becomes zero
     bool far;                // y, whose lines are whole, goes straight to memory
@@ -155,10 +156,6 @@ template <class T> struct Kernels {
     // grad[row] (+)= the sum over images of dy[row, image] x[image], for the rows [begin, end)
     void (*linear_gradient)(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad,
                             bool accumulate);
-    // values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows
-    void (*pack_values)(long begin, long end, long entries, long rows, long n_rows, long row_step,
-                        const int32_t *source, const T *weights, T *values);
-
     // dense[place[i]] = values[i], and back: values[i] (+)= dense[place[i]]
     void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);

@@ -33,6 +33,7 @@ cdef extern from "dispatch.hh" nogil:
         const T *x
         T *y
         const int32_t *offsets
+        const int32_t *places
         const Segment *segments
         const int32_t *chunks
         long rows, rows_at_once
@@ -46,6 +47,7 @@ cdef extern from "dispatch.hh" nogil:
         long pixel[3]
         long origin, x_channel, channels
         const T *values
+        long row_step
         const T *bias
         bint accumulate, relu, far
         T *dvalues
@@ -126,7 +128,6 @@ cdef extern from "dispatch.hh" nogil:
     void linear_gradient[T](long, long, long, long, const T *, View[T], T *, bint)
     void spread_values[T](long, long, const int32_t *, const T *, T *)
     void collect_values[T](long, long, const int32_t *, const T *, T *, bint)
-    void pack_values[T](long, long, long, long, long, long, const int32_t *, const T *, T *)
     void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int64_t *, int64_t *, Entry[T] *)
     void sparsify[T](const Slabs *, const Sparsifier[T] *, View[T], View[T], long, long, int64_t *, int64_t *)
     void find_places[T](const Slabs *, View[T], const T *, long, long, Place *, int64_t *)

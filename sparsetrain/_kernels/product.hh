@@ -78,7 +78,11 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
             V<T> acc[U][R][W];
             T *part = scratch + s->row * (R * W * IMAGES) + lane;
             const int32_t *offset = a.offsets + s->entry;
-            const T *value = a.values + s->value, *xl = x + lane;
+            const int32_t *place = U == 1 ? nullptr : a.places + s->entry;
+            const T *xl = x + lane, *value[U];
+            // Past the last row: the last one again, its sums are dropped.
+            UNROLL for (int u = 0; u < U; u++)
+                value[u] = a.values + (U == 1 ? s->entry : (s->row + u < a.rows ? s->row + u : a.rows - 1) * a.row_step);
             T *out = y + s->row * a.y_channel + lane;
             if (s->flags & FIRST) {
                 UNROLL for (int u = 0; u < U; u++) {
@@ -94,10 +98,10 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
                     UNROLL for (int w = 0; w < W; w++) acc[u][r][w] = load(part + ((u * R + r) * W + w) * IMAGES);
             }
             auto places = look_ahead<const T>([&](long i) { return xl + offset[i]; });
-            for (long i = 0, n = s->count; i < n; i++, value += U) {
+            for (long i = 0, n = s->count; i < n; i++) {
                 const T *row = places.take(i);
                 V<T> weight[U];
-                UNROLL for (int u = 0; u < U; u++) weight[u] = splat(value[u]);
+                UNROLL for (int u = 0; u < U; u++) weight[u] = splat(value[u][U == 1 ? i : place[i]]);
                 UNROLL for (int r = 0; r < R; r++, row += x_row) {
                     if (r) OPAQUE(row);
                     const T *p = row;
@@ -142,7 +146,7 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
                 g[r][w] = load(in + r * a.y_step[1] + w * a.y_step[2]);
             const int32_t *offset = a.offsets + s->entry;
-            T *dv = dvalues + s->value;
+            T *dv = dvalues + s->entry;
             auto places = look_ahead<const T>([&](long i) { return xl + offset[i]; });
             const auto dot = [&](const T *row) __attribute__((always_inline)) {
                 V<T> acc = {}, half = {};
@@ -399,26 +403,4 @@ template <class T>
 void collect_values(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate) {
     FlushToZero flush;
     for (long i = begin; i < end; i++) values[i] = accumulate ? values[i] + dense[place[i]] : dense[place[i]];
-}
-
-template <class T>
-void pack_values(long begin, long end, long entries, long rows, long n_rows, long row_step, const int32_t *source,
-                 const T *weights, T *values) {
-    if (rows == 1 && row_step == 0) {  // a sparse layer: its weights in another order
-        for (long i = begin; i < end; i++) values[i] = weights[source[i]];
-        return;
-    }
-    for (long block = begin / entries, i = begin; i < end; block++) {
-        const long stop = (block + 1) * entries < end ? (block + 1) * entries : end;
-        const long real = n_rows - block * rows < rows ? n_rows - block * rows : rows;
-        const T *first = weights + block * rows * row_step;
-        for (; i < stop; i++) {
-            const T *w = first + source[i - block * entries];
-            if (real == ROWS_AT_ONCE) {
-                UNROLL for (long r = 0; r < ROWS_AT_ONCE; r++) values[i * ROWS_AT_ONCE + r] = w[r * row_step];
-            } else {
-                for (long r = 0; r < rows; r++) values[i * rows + r] = r < real ? w[r * row_step] : T(0);
-            }
-        }
-    }
 }

@@ -4,7 +4,8 @@ cdef class Plan:
     """How one product of stored weights with blocked arrays runs; ops.py builds it.
 
     offsets int32: elements from a position of x to what an entry reads, then STEPS zeros.
-    segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
+    places int32 or None: where the values of the entries lie in the first row of a dense layer, row_step before those of the
+    next. segments int32 (n, 4): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
     first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
     (block, channel, row) each, that the offsets and the tiling were made for. group: channels of x in a segment.
     order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
@@ -15,9 +16,9 @@ cdef class Plan:
     cdef:
         readonly tuple tile, order
         readonly long rows_at_once, parts, group, n_chunks
-        const int32_t[::1] _offsets, _chunks, _first_value
+        const int32_t[::1] _offsets, _places, _chunks, _first_value
         const int32_t[:, ::1] _segments
-        long rows, n_values, n_tiles
+        long rows, row_step, n_values, n_tiles
         long extent[3]
         long _tile[3]
         long x_step[3]
@@ -30,13 +31,14 @@ cdef class Plan:
         long x_origin, y_origin, channels
         double work
 
-    def __init__(self, *, const int32_t[::1] offsets, const int32_t[:, ::1] segments, const int32_t[::1] chunks,
-                 const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
-                 overlap, x_origin, y_origin, long channels, long group, long rows, long rows_at_once, long n_values,
-                 long parts, double work):
+    def __init__(self, *, const int32_t[::1] offsets, const int32_t[::1] places, const int32_t[:, ::1] segments,
+                 const int32_t[::1] chunks, const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
+                 overlap, x_origin, y_origin, long channels, long group, long rows, long row_step, long rows_at_once,
+                 long n_values, long parts, double work):
         cdef int i
         self.tile, self.order, self.group = tuple(tile), tuple(order), group
         self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
+        self._places, self.row_step = places, row_step
         self.rows, self.rows_at_once, self.n_values, self.parts = rows, rows_at_once, n_values, parts
         self.n_chunks, self.work = chunks.shape[0] - 1, work
         x_step = x_strides[0], x_strides[2] * x_pixels[0], 16 * x_pixels[1]
@@ -81,6 +83,7 @@ cdef Product[number] product_of(Plan p, number example) noexcept:
     a.y_channel = p.y_strides[1]
     a.offsets, a.segments, a.chunks = &p._offsets[0], <const Segment *>&p._segments[0, 0], &p._chunks[0]
     a.rows, a.rows_at_once, a.n_values, a.parts = p.rows, p.rows_at_once, p.n_values, p.parts
+    a.places, a.row_step = &p._places[0] if p._places is not None else NULL, p.row_step
     a.first_value = &p._first_value[0] if p._first_value is not None else NULL
     a.accumulate = a.relu = a.far = False
     a.bias = NULL
@@ -177,24 +180,6 @@ def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, float
         kernels.pack_features(c, c + 1, blocks, features, xv, p)
     for c in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.linear_gradient(24 * c, min(24 * c + 24, rows), blocks, features, p, gv, g, accumulate)
-
-
-def pack_values(const floating[::1] weights, const int32_t[::1] source, long rows, long n_rows, long row_step,
-                floating[::1] values):
-    """values[(b * entries + e) * rows + r] = weights[source[e] + (b * rows + r) * row_step], 0 past n_rows."""
-    cdef:
-        long entries = source.shape[0], n = entries * ((n_rows + rows - 1) // rows), c
-        int threads = team(2, <double>n * rows)
-        long chunks = chunks_of(n, threads)
-        const floating *w
-        const int32_t *from_
-        floating *v
-    same_length("values", values.shape[0], n * rows)
-    if n == 0:
-        return
-    w, from_, v = &weights[0], &source[0], &values[0]  # OUT values
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.pack_values(n * c // chunks, n * (c + 1) // chunks, entries, rows, n_rows, row_step, from_, w, v)
 
 
 def spread_values(const floating[::1] values, const int32_t[::1] place, floating[::1] dense):
