@@ -38,6 +38,7 @@ def model(name, image, classes):
 
 
 def layers(names, model):
-    """The names with "first" replaced by the layer next to the images."""
-    first = next(name for name, p in model.named_parameters() if len(p.shape) > 1)
-    return [first.rpartition(".")[0] if name == "first" else name for name in names]
+    """The names with "first" replaced by the layer next to the images, and "last" by the one that gives the classes."""
+    weights = [name.rpartition(".")[0] for name, p in model.named_parameters() if len(p.shape) > 1]
+    ends = {"first": weights[0], "last": weights[-1]}
+    return [ends.get(name, name) for name in names]

@@ -22,12 +22,12 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """data.load() gives the first 128 training and 64 test images of the set."""
+    """data.load() gives the first 512 training and 64 test images of the set."""
     load = data.load
 
     def load_few(name, data_dir=None):
         full = load(name, data_dir)
-        train = tuple(part[:128] for part in full.train)
+        train = tuple(part[:512] for part in full.train)
         return data.Dataset(name, train, tuple(part[:64] for part in full.test), full.classes)
 
     monkeypatch.setattr(data, "load", load_few)

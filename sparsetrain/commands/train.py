@@ -5,7 +5,7 @@ import json
 import sys
 
 import sparsetrain as st
-from sparsetrain import choices, data, interchange, named, optim, options
+from sparsetrain import choices, data, interchange, named, optim, options, sparsity
 from sparsetrain.commands.info import versions
 from sparsetrain.commands.train_options import FINETUNE, OPTIMIZERS, OPTIONS, backprop_method, resolved, sparsity_method
 from sparsetrain.files import replacing
@@ -114,11 +114,14 @@ def _trainer(o, dataset, train, sparse, folder, name, method):
     if checkpoint.exists():
         return Trainer.resume(checkpoint, **settings)
     model = named.model(o.model, dataset.train[0].shape[1:], len(dataset.classes))
+    exclude = named.layers(o.exclude, model)
     if o.weights is not None:
         _load(o, model)
         if sparse and o.sparsity_from_weights:
-            interchange.zeros_to_structure(model)
-    exclude, sparse = named.layers(o.exclude, model), sparse and o.sparsity
+            interchange.zeros_to_structure(model, exclude)
+            if all(layer.weight.structure.dense for _, layer in sparsity.sparsifiable(model)):
+                raise ValueError(f"--sparsity-from-weights: {o.weights} has no zero in a layer that is not excluded")
+    sparse = sparse and o.sparsity
     changing = sparsity_method(o, steps * o.epochs, exclude) if sparse else None
     if sparse and changing is None:
         batches = [next(iter(train))] if o.method in ("snip", "grasp") else None

@@ -29,7 +29,12 @@ OPTIONS = {
         f"how the sparsity is spread over the layers: {', '.join(DISTRIBUTIONS)} (default: erk for set, rigl and "
         "granet, else uniform)",
     ),
-    "change-every": (None, {"type": int}, "steps between changes of the weights while training (default: 100)"),
+    "change-every": (
+        None,
+        {"type": int},
+        "steps between changes of the weights while training (default: 100, in shorter runs a tenth of those in which "
+        "weights change)",
+    ),
     "change-until": (None, {"type": float}, "share of the run after which they stay, in [0, 1) (default: 0.75)"),
     "drop-fraction": (
         None,
@@ -47,8 +52,8 @@ OPTIONS = {
     "exclude": (
         ["first"],
         {"nargs": "*", "metavar": "LAYER"},
-        "layers to keep dense: names as in the table, patterns such as '3.*', or first, the layer "
-        "next to the images; none if no name follows",
+        "layers to keep dense: names as in the table, patterns such as '3.*', first, the layer next to the images, or "
+        "last; none if no name follows",
     ),
     "backprop": ("exact", {}, f"which values of the output gradients are used: {', '.join(BACKPROP)}"),
     "s": (None, {"type": float}, "dithered: step of the rounding in standard deviations (default: 2)"),
@@ -164,6 +169,7 @@ OF_CHANGES = {
     "initial_sparsity": "initial",
     "pattern": "n",
 }
+LONG = 1 << 40  # steps, to check the options before it is known how many there are
 # What may be given with --resume: the rest stays as the run's config.json has it.
 ON_RESUME = {"epochs", "threads", "isa", "data_dir", "compare", "resume", "quiet"}
 
@@ -224,13 +230,13 @@ def resolved(given, table):
         checks.one_of("--head", o.head, ("auto", "keep", "new"))
         o.weights = str(Path(o.weights).absolute())  # for --resume from another folder
         if o.sparsity_from_weights:
-            if "sparsity" in given:
-                raise ValueError("--sparsity and --sparsity-from-weights were given, must be one of them")
+            for name in ("sparsity", "method", "distribution"):
+                if name in given:
+                    raise ValueError(f"--{name} and --sparsity-from-weights were given, must be one of them")
             o.sparsity = 0.0
+            o.exclude = given.get("exclude", [])
     backprop_method(o)  # its checks
-    changing = sparsity_method(o, 1000)
-    if changing is not None and o.sparsity_from_weights:
-        raise ValueError(f"--method {o.method} is not for --sparsity-from-weights")
+    changing = sparsity_method(o, LONG)
     if o.method == "n:m" and o.sparsity:
         o.sparsity = changing.sparsity
     if o.lr is None:
@@ -274,7 +280,8 @@ def sparsity_method(o, steps, exclude=()):
             raise ValueError(f"--{name.replace('_', '-')} is not for --method {o.method}")
         return None
     until = checks.fraction("--change-until", given.pop("change_until", 0.75))
-    arguments = {"stop": round(until * steps), "exclude": exclude}
+    stop = min(round(until * steps), steps - 1)  # or the last change would never come
+    arguments = {"stop": stop, "exclude": exclude}
     if make is sparsity.NM:
         if o.distribution is not None:
             raise ValueError(f"--distribution is not for --method {o.method}")
@@ -284,7 +291,7 @@ def sparsity_method(o, steps, exclude=()):
             raise ValueError(f"--pattern is {pattern!r}, must be N:M such as 2:4")
         arguments |= {"n": int(n), "m": int(m)}
     else:
-        arguments |= {"sparsity": o.sparsity, "every": given.pop("change_every", 100)}
+        arguments |= {"sparsity": o.sparsity, "every": given.pop("change_every", max(1, min(100, stop // 10)))}
         if o.distribution is not None:
             arguments["distribution"] = o.distribution
     known = {field.name for field in dataclasses.fields(make) if field.init}

@@ -33,6 +33,12 @@ class DropGrow(Timed):
         checks.flag("anneal", self.anneal)
         super().__post_init__()
 
+    def check(self):
+        if self.anneal and self.start + self.every >= self.stop:
+            raise ValueError(
+                f"every is {self.every}: the only update would be at stop, {self.stop}, where the fraction has come to 0"
+            )
+
     # ---- what a method defines
 
     def drop(self, layer, count):
@@ -59,7 +65,10 @@ class DropGrow(Timed):
             count = self.count(layer)
             if count:
                 kept = self.drop(layer, count)
-                layer.rewire(kept, self.grow(layer, kept, count))
+                grown = self.grow(layer, kept, count)
+                if len(grown) != count:
+                    raise ValueError(f"grow() gave {len(grown)} positions for layer {layer.name}, must give {count}")
+                layer.rewire(kept, grown)
 
 
 def smallest(weight, count):

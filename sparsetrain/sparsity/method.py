@@ -8,9 +8,8 @@ import numpy as np
 
 from sparsetrain import checks
 from sparsetrain.sparse import SparseParameter
-from sparsetrain.sparsity import distributions
 from sparsetrain.sparsity.probe import Probe
-from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, changeable, masks
+from sparsetrain.sparsity.sparsify import DISTRIBUTIONS, changeable, masks, numbers
 
 UNITS = ("steps", "epochs")
 
@@ -78,15 +77,10 @@ class Method:
         """
         named = changeable(model, self.exclude, self.include)
         self.detach()
-        layers = [Layer(*pair) for pair in named]
         if self.distribution != "global":
-            for layer, number in zip(layers, self._numbers(layers, self.sparsity), strict=True):
-                if number < 1:
-                    raise ValueError(
-                        f"layer {layer.name} has {layer.size} weights, of which sparsity {self.sparsity:g} would leave "
-                        "none: exclude it"
-                    )
-        self.layers = layers
+            numbers(named, self.sparsity, self.distribution)
+        self.layers = [Layer(*pair) for pair in named]
+        self.step = 0
         if begin:
             self.begin()
             for layer in self.layers:
@@ -132,17 +126,16 @@ class Method:
     def prune(self, sparsity, score):
         """Remove the weights with the lowest scores, until the layers have this sparsity. Layers that lose none keep
         their gradients."""
-        named = [(layer.name, layer.module) for layer in self.layers]
-        for layer, mask in zip(self.layers, masks(named, sparsity, score, self.distribution), strict=True):
+        for layer, mask in zip(self.layers, masks(self._named(), sparsity, score, self.distribution), strict=True):
             if not mask.all():
                 layer.rewire(mask, ())
 
     def targets(self, sparsity):
         """How many of its weights each layer keeps at this sparsity."""
-        return self._numbers(self.layers, sparsity, [layer.weight.nnz for layer in self.layers])
+        return numbers(self._named(), sparsity, self.distribution)
 
-    def _numbers(self, layers, sparsity, stored=None):
-        return getattr(distributions, self.distribution)([layer.weight.shape for layer in layers], sparsity, stored)
+    def _named(self):
+        return [(layer.name, layer.module) for layer in self.layers]
 
     def report(self):
         """{layer: {"weights", "nnz", "sparsity", "dropped", "grown", "explored"}}.
@@ -245,12 +238,15 @@ class Layer:
     def rewire(self, kept, grown):
         """Drop the stored weights where `kept` (nnz) is false, then grow those at the positions `grown`, in any
         order."""
-        self.dropped += int(len(kept) - np.count_nonzero(kept))
-        self.grown += len(grown)
+        dropped = int(np.size(kept) - np.count_nonzero(kept))
         if isinstance(self.weight, SparseParameter):
             self.weight.rewire(kept, np.sort(np.asarray(grown, np.int64)))
-        else:  # all weights exist, none can grow
+        elif len(grown):
+            raise ValueError(f"layer {self.name} has all its weights: none of the {len(grown)} can grow")
+        else:
             self.weight.keep(kept.reshape(self.weight.shape))
+        self.dropped += dropped
+        self.grown += len(grown)
 
     def note(self):
         """Remember which weights exist now."""

@@ -3,6 +3,8 @@
 Those WITH_GRADIENTS look at a model and batches first, and give such a function.
 """
 
+import math
+
 import numpy as np
 
 from sparsetrain import nn, rng
@@ -80,7 +82,9 @@ def _gradients(model, batches, loss, temperature):
     model.train()
     try:
         for x, y in batches:
-            _, gradient = loss(model(x) / np.dtype(x.dtype).type(temperature), y)
+            value, gradient = loss(model(x) / np.dtype(x.dtype).type(temperature), y)
+            if not math.isfinite(value):
+                raise ValueError(f"the loss of a batch is {value}: its gradients say nothing of the weights")
             model.backward(gradient / gradient.dtype.type(temperature), input_gradient=False)
     finally:
         generator.state = state

@@ -48,13 +48,25 @@ def masks(named, sparsity, score, distribution):
     """For each of the layers [(name, layer)] a boolean array, true at the stored weights that stay: those with the best
     scores. score: a function of a parameter. As of sparsify(), whose other arguments these are."""
     if distribution == "global":
-        worth = [score(layer.weight).reshape(-1) for _, layer in named]
         total = sum(math.prod(layer.weight.shape) for _, layer in named)
-        kept = best(np.concatenate(worth), total - round(sparsity * total))
-        return np.split(kept, np.cumsum([len(w) for w in worth])[:-1])
-    weights = [layer.weight for _, layer in named]
-    wanted = getattr(distributions, distribution)([w.shape for w in weights], sparsity, [w.nnz for w in weights])
-    return (best(score(m.weight).reshape(-1), k) for (_, m), k in zip(named, wanted, strict=True))
+        number = total - round(sparsity * total)
+        if number < 1:
+            raise ValueError(f"sparsity is {sparsity:g}, which leaves none of {total} weights")
+        worth = [score(layer.weight).reshape(-1) for _, layer in named]
+        return np.split(best(np.concatenate(worth), number), np.cumsum([len(w) for w in worth])[:-1])
+    wanted = numbers(named, sparsity, distribution)
+    return (best(score(layer.weight).reshape(-1), number) for (_, layer), number in zip(named, wanted, strict=True))
+
+
+def numbers(named, sparsity, distribution):
+    """How many of its weights each of the layers [(name, layer)] keeps; ValueError if one would keep none."""
+    share, shapes = getattr(distributions, distribution), [layer.weight.shape for _, layer in named]
+    for (name, _), shape, number in zip(named, shapes, share(shapes, sparsity), strict=True):
+        if number < 1:
+            raise ValueError(
+                f"layer {name} has {math.prod(shape)} weights, of which sparsity {sparsity:g} would leave none: exclude it"
+            )
+    return share(shapes, sparsity, [layer.weight.nnz for _, layer in named])
 
 
 def best(worth, number):
@@ -75,7 +87,7 @@ def sparsify(
     layers keep more) or "global" (the best scores of all layers together). include, exclude: layer names or globs
     ("0", "3.body.*"). The number of weights removed is exact to one weight. A layer that is sparse already only loses
     weights: where it has fewer than its share it stays as it is, and with "erk" the others keep more. Optimiser slots
-    follow. Returns the model.
+    follow. Returns the model. ValueError, and the model as it was, if a layer would keep none ("global": if all would).
     """
     sparsity = checks.fraction("sparsity", sparsity)
     score = METHODS[checks.one_of("method", method, METHODS)]

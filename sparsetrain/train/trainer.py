@@ -68,8 +68,13 @@ class Trainer:
         if self.label_smoothing and loss is not nn.cross_entropy:
             raise ValueError("label_smoothing is for nn.cross_entropy, loss is another function")
         self.schedule = schedule
-        self.sparsity = sparsity if sparsity is None else sparsity.attach(model)
         self.backprop = backprop if backprop is None else backprop.attach(model, optimizer)
+        try:
+            self.sparsity = sparsity if sparsity is None else sparsity.attach(model)
+        except ValueError:
+            if backprop is not None:
+                backprop.detach()
+            raise
         self.callbacks = list(callbacks)
         self.history = History()
         self.step = 0
@@ -110,8 +115,8 @@ class Trainer:
         if self.sparsity is None:
             loss, outputs = self._gradients(x, y)
         else:
-            self.sparsity.begin_step()
             try:
+                self.sparsity.begin_step()
                 loss, outputs = self._gradients(x, y)
                 self.sparsity.end_step()
             except BaseException:

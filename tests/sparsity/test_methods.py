@@ -208,7 +208,7 @@ def test_include_and_exclude(net, include, exclude, names):
 @pytest.mark.parametrize("kind", [Static, GMP, SET, RigL, GraNet, ACDC])
 def test_attach_to_what_is_not_there(net, kind, settings, match):
     before = net.state_dict()
-    times = {} if kind is Static else {"stop": 5}
+    times = {} if kind is Static else {"stop": 5, "every": 1}
     with pytest.raises(ValueError, match=match):
         kind(**({"distribution": "uniform"} | times | settings)).attach(net)
     assert untouched(net)
