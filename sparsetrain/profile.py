@@ -195,7 +195,7 @@ def _step(model, x, labels):
 
 
 class _as_it_was:
-    """Puts parameters' gradients, buffers, modes, the last call and random numbers back."""
+    """Puts parameters' gradients, buffers, modes, methods of backprop, the last call and random numbers back."""
 
     def __init__(self, model):
         self.model = model
@@ -206,6 +206,8 @@ class _as_it_was:
         self.call = self.model._backward, self.model._output
         self.gradients = [(p, p.grad, p._buffer) for p in self.model.parameters()]
         self.buffers = [(b, b.copy()) for _, b in self.model.named_buffers()]
+        backprop = [module.backprop for module in modules if getattr(module, "backprop", None) is not None]
+        self.backprop = [(layer, layer.get_state(), layer.step) for layer in backprop]
         self.random = rng.generator().bit_generator.state
 
     def __exit__(self, *error):
@@ -216,6 +218,9 @@ class _as_it_was:
             parameter.grad, parameter._buffer = gradient, buffer
         for buffer, before in self.buffers:
             buffer[...] = before
+        for layer, state, step in self.backprop:
+            layer.set_state(state)
+            layer.step = step
         rng.generator().bit_generator.state = self.random
 
 

@@ -43,7 +43,10 @@ def dither(step, seed, limit=0):
 
     A multiple of `step` > 0 whose mean is the value. limit: multiples beyond +-limit are clipped (0: none is).
     """
-    return Selection(core.DITHER, step, limit, seed)
+    if not 0 < step < math.inf:
+        raise ValueError(f"step is {step}, must be above 0 and finite")
+    # The kernels add image and seed: neighbouring seeds would give one image the numbers of its neighbour.
+    return Selection(core.DITHER, step, limit, hash((seed,)) & (1 << 64) - 1)
 
 
 def above(thresholds, base=None):
@@ -52,6 +55,8 @@ def above(thresholds, base=None):
     With base, one image of the gradient (channels, height, width): values whose difference from it is above the
     threshold; all others are the base's.
     """
+    if np.ndim(thresholds) == 0 and not thresholds >= 0:
+        raise ValueError(f"thresholds is {thresholds}, must be 0 or more")
     return Selection(base=base, thresholds=thresholds)
 
 

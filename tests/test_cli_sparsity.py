@@ -97,6 +97,20 @@ def test_without_options_of_its_own(folder):
     assert model()[3].weight.nnz == 15_000
 
 
+@pytest.mark.parametrize("method", ["gmp", "ac-dc", "rigl"])
+def test_the_sparsity_is_reached_whatever_the_times(method, folder):
+    """A run of 6 steps: the last change comes before its end, and some change comes in a short run too."""
+    for out, options in (("late", ["--change-until", "0.9999", "--change-every", "4"]), ("short", [])):
+        assert cli.main(["train", *QUICK, "--no-compare", "--out", out, "--method", method, *options]) == 0
+        net = model(f"{out}/checkpoint.safetensors")
+        assert net[3].weight.nnz + net[5].weight.nnz == 3100
+
+
+def test_the_last_layer_can_stay_dense(folder):
+    assert cli.main(["train", *RUN, "--exclude", "first", "last"]) == 0
+    assert [layer.weight.structure.dense for layer in (model()[1], model()[3], model()[5])] == [True, False, True]
+
+
 def test_with_a_method_of_backprop(folder):
     arguments = ["--method", "rigl", "--change-every", "2", "--backprop", "dithered"]
     assert cli.main(["train", *RUN, *arguments]) == 0
@@ -324,6 +338,9 @@ def write_bad(folder):
         (["--weights", "."], "must end in"),
         (["--weights", "classes.pth", "--head", "old"], "--head is 'old'"),
         (["--weights", "classes.pth", "--sparsity", "0.5", "--sparsity-from-weights"], "must be one of them"),
+        (["--weights", "classes.pth", "--sparsity-from-weights", "--method", "snip"], "must be one of them"),
+        (["--weights", "classes.pth", "--sparsity-from-weights"], "classes.pth has no zero in a layer"),
+        (["--weights", "classes.pth", "--sparsity-from-weights", "--exclude", "no"], "exclude has 'no', which matches"),
         (["--weights", "classes.pth", "--resume", "run"], "--resume"),
         (["--weights", "classes.pth", "--method", "rigl", "--pattern", "2:4"], "--pattern is not for --method rigl"),
         ([], "--weights"),
@@ -373,7 +390,7 @@ def test_help_of_finetune(capsys):
 
 def test_read_again(folder):
     """What finetune writes is read as any other file."""
-    torch_files.write_state("a.pth", lenet().state_dict())
+    torch_files.write_state("a.pth", with_zeros(lenet()).state_dict())
     assert cli.main(["finetune", *QUICK, "--weights", "a.pth", "--sparsity-from-weights", "--out", "run"]) == 0
     state = read_state("run/checkpoint.safetensors")
     found = load_state(lenet(seed=8), state)

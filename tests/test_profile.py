@@ -9,7 +9,7 @@ import pytest
 import bench_runs
 import sparsetrain as st
 from nets import images, small_net
-from sparsetrain import cli, nn, rng
+from sparsetrain import backprop, cli, nn, rng
 from sparsetrain.bench import machine
 from sparsetrain.nn.fusing import run_with
 from sparsetrain.profile import PASSES, Profile, Row
@@ -201,6 +201,18 @@ def test_the_model_is_as_it_was(unfused):
         np.testing.assert_array_equal(parameter.grad, gradient)
     assert [m.training for _, m in net.named_modules()].count(False) == 1
     net.backward(np.zeros_like(expected))
+
+
+def test_methods_of_backprop_are_as_they_were():
+    net = small_net()
+    x, labels = images(20)
+    method = backprop.MemAOP(0.2, exclude=("4.body.3",)).attach(net)
+
+    net.backward(nn.cross_entropy(net(x), labels)[1])
+    state = method.state_dict()
+    st.profile(net, x, labels, repeats=2)
+    for name, value in method.state_dict().items():
+        np.testing.assert_array_equal(value, state[name], err_msg=name)
 
 
 def test_the_model_is_as_it_was_after_an_error():

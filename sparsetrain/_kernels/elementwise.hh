@@ -161,7 +161,10 @@ void remember(Shape s, View<T> m, View<T> x, long step, T scale, const T *keep, 
             for (long w = 0; w < s.width; w++) {
                 const long place = (row * s.width + w) * IMAGES;
                 Values<T> v = *(const Values<T> *)(mr + w * IMAGES);
-                if (keep) v *= *(const Values<T> *)(keep + place);
+                if (keep) {
+                    const Values<T> k = *(const Values<T> *)(keep + place);
+                    v = k == 0 ? Values<T>{} : v * k;  // also of what is not finite nothing is kept
+                }
                 v += *(const Values<T> *)(xr + w * step) * scale;
                 *(Values<T> *)(mr + w * IMAGES) = v;
                 *(Values<T> *)(norms + place) += v * v;

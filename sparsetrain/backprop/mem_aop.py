@@ -26,7 +26,7 @@ class MemAOP(Method):
     divided by the present one: with SGD a row counts with the rates of the times it comes from; other optimisers take
     the result for a gradient of now. The memory holds M (inputs + outputs) numbers, inputs being channels x taps:
     nine times the activations for a 3x3 convolution. Its slots belong to rows, so a batch of another size is a
-    ValueError.
+    ValueError, as is attaching it to a convolution with groups.
 
     Source: Hernandez, Rini & Duman, arXiv 2110.09164, and its code (HernandezEduin/Mem-AOP-GD): one linear layer,
     SGD. Convolutions, deeper nets, other optimisers are ours.
@@ -44,10 +44,17 @@ class MemAOP(Method):
         checks.flag("memory", self.memory)
         checks.number("decay", self.decay, low=0, high=1)
 
+    def attach(self, model, optimizer=None):
+        super().attach(model, optimizer)
+        for layer in self.attached:
+            groups = getattr(layer.module, "geometry", plans.Geometry()).groups
+            if groups > 1:
+                self.detach()
+                raise ValueError(f"layer {layer.name} has groups {groups}, MemAOP needs 1: exclude it")
+        return self
+
     def backward(self, layer, x, weight, bias, geometry, dy, halo, into):
         self.bias_gradient(bias, dy)
-        if geometry.groups > 1:
-            raise ValueError(f"layer {layer.name} has groups {geometry.groups}, MemAOP needs 1: exclude it")
         used = self._weight_gradient(layer, x, weight, geometry, dy)
         if halo is None:
             return None, used

@@ -28,9 +28,11 @@ class Method:
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            setattr(self, name, _plain(value))
         checks.integer("seed", self.seed, low=0)
         checks.flag("angles", self.angles)
-        if isinstance(self.exclude, str) or not isinstance(self.exclude, (list, tuple)):
+        if not isinstance(self.exclude, (list, tuple)) or not all(isinstance(glob, str) for glob in self.exclude):
             raise TypeError(f"exclude is {self.exclude!r}, must be a sequence of layer names or globs")
         self.exclude, self.attached, self.optimizer = tuple(self.exclude), [], None
         known = {f.name for f in fields(self)} - {"exclude", "layers", "angles", "seed"}
@@ -40,6 +42,7 @@ class Method:
             for name in arguments:
                 checks.one_of(f"an argument in layers[{glob!r}]", name, sorted(known))
             replace(self, layers={}, exclude=(), **arguments)  # its checks
+        self.layers = {glob: {n: _plain(v) for n, v in arguments.items()} for glob, arguments in self.layers.items()}
         self.check()
 
     def check(self):
@@ -150,6 +153,11 @@ class Method:
                 raise KeyError(f"the state has {key!r}, the method is used in the layers {', '.join(layers)}")
         for name, layer in layers.items():
             layer.set_state({k.rpartition("/")[2]: v for k, v in state.items() if k.rpartition("/")[0] == name})
+
+
+def _plain(value):
+    """The number of a NumPy scalar, which a checkpoint could not hold; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class Layer:

@@ -20,15 +20,16 @@ class ReSprop(Method):
     more than a threshold.
 
     What all images share is multiplied once for the batch; only the differences are multiplied one by one. reuse in
-    [0, 1): the share of values to take from the last step. The bias's gradient is exact. The first and the last step
-    of an epoch are exact, and so is one whose batch has another size than the last one's.
+    [0, 1): the share of values to take from the last step, of which a margin of 5 points is computed all the same.
+    The bias's gradient is exact. The first and the last step of an epoch are exact, and so is one whose batch has
+    another size than the last one's.
 
     control: "paper" halves or doubles a layer's threshold, from 1e-7 on, after each step that used too few or too many
     values; it swings around the target. "quantile" takes the threshold that the target needs from a sample of each
     gradient. warmup (W-ReSprop): nothing is reused in epochs 0 and 1, and 10 % more in each from 2 on.
 
-    The code leaves linear layers exact, and so should you (`exclude`): with them LeNet-5 on MNIST at reuse 0.9 diverged
-    (docs/papers.md).
+    The code leaves linear layers exact, and so should you (`exclude`): with them LeNet-5 on MNIST at reuse 0.9
+    collapsed under quantile control (docs/papers.md).
 
     Source: Goli & Aamodt, Resprop, CVPR 2020, and its code (negargoli/ReSprop): the target has a margin of 5 %.
     Deviation: the image is any of the batch, where the code draws from as many as there are layers.
@@ -58,6 +59,8 @@ class ReSprop(Method):
             return None
         if self.control == "quantile":
             threshold = self._quantile(layer, dy, base)
+            if not np.isfinite(threshold):  # what is not finite must show
+                return None
         else:
             threshold = float(layer.state.setdefault("threshold", FIRST_THRESHOLD))
         return sparse_gradient.above(threshold, base)

@@ -196,6 +196,9 @@ def _plot(trainers, folder, title):
 def _print_result(o, trainers, x, y):
     """The table of layers, and one line with the accuracy and the step time of each net."""
     accuracies = [t.history[-1]["val_accuracy"] for t in trainers.values()]
+    for trainer in trainers.values():
+        # The run's schedule may have come to 0, at which MemAOP does nothing; the weights should hardly move.
+        trainer.schedule = optim.constant(1e-3 * o.lr)
     seconds = report.step_times(list(trainers.values()), x, y)
     first = next(iter(trainers.values()))
     print(f"\n{report.layer_table(first, x, y)}")

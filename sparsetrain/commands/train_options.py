@@ -267,7 +267,12 @@ def backprop_method(o):
         if o.exact_layers:
             raise ValueError("--exact-layers is not for --backprop exact")
         return None
-    return make(seed=o.seed, **{ARGUMENTS.get(name, name): value for name, value in given.items()})
+    try:
+        return make(seed=o.seed, **{ARGUMENTS.get(name, name): value for name, value in given.items()})
+    except ValueError as error:  # it names the argument
+        argument, _, rest = str(error).partition(" ")
+        option = {value: name for name, value in ARGUMENTS.items() if name in given}.get(argument, argument)
+        raise ValueError(f"--{option.replace('_', '-')} {rest}") from error
 
 
 def sparsity_method(o, steps, exclude=()):

@@ -36,7 +36,7 @@ class DropGrow(Timed):
     def check(self):
         if self.anneal and self.start + self.every >= self.stop:
             raise ValueError(
-                f"every is {self.every}: the only update would be at stop, {self.stop}, where the fraction has come to 0"
+                f"every is {self.every}: the one update would be at stop, {self.stop}, where the fraction has come to 0"
             )
 
     # ---- what a method defines

@@ -64,7 +64,8 @@ def numbers(named, sparsity, distribution):
     for (name, _), shape, number in zip(named, shapes, share(shapes, sparsity), strict=True):
         if number < 1:
             raise ValueError(
-                f"layer {name} has {math.prod(shape)} weights, of which sparsity {sparsity:g} would leave none: exclude it"
+                f"layer {name} has {math.prod(shape)} weights, of which sparsity {sparsity:g} would leave none: "
+                "exclude it"
             )
     return share(shapes, sparsity, [layer.weight.nnz for _, layer in named])
 

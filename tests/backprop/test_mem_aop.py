@@ -338,11 +338,12 @@ def test_a_changed_image_size_is_an_error():
 
 
 def test_groups_are_an_error_that_names_the_layer():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    MemAOP().attach(model)
-    model(np.ones((2, 4, 5, 5), np.float32))
-    with pytest.raises(ValueError, match="layer 0 has groups 2"):
-        model.backward(np.ones((2, 4, 3, 3), np.float32))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match="layer 0 has groups 2, MemAOP needs 1: exclude it"):
+        MemAOP().attach(model)
+    assert model[0].backprop is None and model[1].backprop is None
+    MemAOP(exclude=["0"]).attach(model)
+    assert model[1].backprop is not None
 
 
 @pytest.mark.parametrize(
@@ -419,6 +420,18 @@ def test_what_is_not_finite_shows_in_dx_and_dw(value, policy, memory, kind):
     assert not np.isfinite(dx[-1]).all() and np.isfinite(dx[:-1]).all()
     assert not np.isfinite(dw).all()
     assert not np.isfinite(db[-1])
+
+
+@kinds
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_used_once(value, kind):
+    """Rows that were chosen are forgotten, whatever they hold."""
+    passes = Passes(kind, MemAOP(0.2))
+    dy = passes.gradient()
+    dy.reshape(-1)[-1] = value
+    passes.step(dy)
+    for result in passes.step(passes.gradient(1)):
+        assert np.isfinite(result).all()
 
 
 @memories

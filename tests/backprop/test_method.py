@@ -1,6 +1,8 @@
 """What all methods have in common: attaching, layers, reports, state, whole nets, and which kernel runs."""
 
 import copy
+import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import pytest
 import reference as ref
 import sparsetrain as st
 from backward_passes import KINDS, Passes, close
-from sparsetrain import nn, sparse_gradient, sparsify
-from sparsetrain.backprop import Dithered, MemAOP, Method, ReSprop, TopK
+from sparsetrain import arrays, nn, plans, sparse_gradient, sparsify
+from sparsetrain.backprop import Dithered, MemAOP, Method, ReSprop, TopK, above, dither
 from sparsetrain.sparse import Parameter, SparseParameter
 
 METHODS = {
@@ -481,11 +483,44 @@ def test_detaching_an_older_method_leaves_the_newer():
         lambda: TopK(layers=["0"]),
         lambda: TopK(layers={"0": 3}),
         lambda: TopK(exclude=3),
+        lambda: TopK(exclude=[3]),
     ],
 )
 def test_arguments_of_a_wrong_type(make):
     with pytest.raises(TypeError):
         make()
+
+
+def test_numpy_numbers_are_python_numbers():
+    method = Dithered(s=np.float32(1.5), seed=np.int64(3), angles=np.bool_(True), layers={"0": {"s": np.float32(2)}})
+    assert json.loads(json.dumps([method.s, method.seed, method.angles, method.layers])) == [
+        1.5, 3, True, {"0": {"s": 2.0}}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, np.nan, np.inf])
+def test_a_step_of_dither_that_is_none(step):
+    with pytest.raises(ValueError, match=f"step is {step}, must be above 0 and finite"):
+        dither(step, 0)
+
+
+@pytest.mark.parametrize("thresholds", [-1.0, np.nan])
+def test_a_threshold_that_is_none(thresholds):
+    with pytest.raises(ValueError, match=f"thresholds is {thresholds}, must be 0 or more"):
+        above(thresholds)
+
+
+def test_neighbouring_seeds_dither_alike_no_two_images():
+    """A value of a half between two steps goes up for half of the images, and for others with each seed."""
+    x, weight = arrays.pack(np.ones((64, 4), np.float32)), nn.Linear(4, 4).weight
+    dy = arrays.pack(np.full((64, 4), 0.5, np.float32))
+    up = []
+    for seed in range(4):
+        used, _ = sparse_gradient.written_out(x, weight, plans.Geometry(), dy, dither(1.0, seed))
+        up.append(arrays.unpack(used) > 0)
+    for a, b in itertools.combinations(up, 2):
+        for shift in (0, 1, 2):
+            assert 0.3 < np.mean(np.roll(a, shift, axis=0) == b) < 0.7
 
 
 class Halved(Method):

@@ -100,6 +100,15 @@ def test_what_is_not_finite_shows_in_dx_and_dw_and_in_the_next_step(value, kind,
     assert not np.isfinite(dx).all() and not np.isfinite(dw).all()
 
 
+@kinds
+def test_many_infinite_values_show_under_quantile_control(kind, kernel):
+    passes = begun(kind, ReSprop(control="quantile"))
+    dy = passes.gradient(1)
+    dy[: len(dy) // 2] = np.inf
+    dx, dw, _ = passes.step(dy)
+    assert not np.isfinite(dx[0]).all() and not np.isfinite(dw).all()
+
+
 # ---- the base
 
 

@@ -316,6 +316,14 @@ def test_train_shows_sparsity_and_angle_of_each_layer_and_compares(folder, capsy
     assert not any(row["gradient_sparsity"] for row in rows(folder / "run/dense/history.csv"))
 
 
+def test_the_table_of_mem_aop_shows_the_rows_that_were_left_out(folder, capsys):
+    """Although the schedule has ended at a rate of 0, where the method does nothing."""
+    assert cli.main(["train", *FAST, *ALONE, "--backprop", "mem-aop", "--k", "0.25", "--exact-layers", "first"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[-1] for line in lines if "Conv2d" in line or "Linear" in line]
+    assert shown[0] == "-" and all(0.7 <= float(sparsity) < 0.8 for sparsity in shown[1:]) and len(shown) > 2
+
+
 @pytest.mark.parametrize("method", ["resprop", "mem-aop"])
 def test_resume(method, folder):
     common = [
@@ -349,11 +357,12 @@ def test_resume(method, folder):
         (["--backprop", "top-k", "--no-memory"], "--memory is not for --backprop top-k"),
         (["--backprop", "mem-aop", "--control", "paper"], "--control is not for --backprop mem-aop"),
         (["--backprop", "ditherd"], "did you mean 'dithered'"),
-        (["--backprop", "dithered", "--s", "0"], "s is 0.0, must be above 0"),
-        (["--backprop", "dithered", "--bits", "4"], "bits is 4"),
-        (["--backprop", "resprop", "--reuse", "1"], "reuse is 1.0, must be in [0, 1)"),
-        (["--backprop", "mem-aop", "--policy", "topk2"], "policy is 'topk2'"),
-        (["--backprop", "top-k", "--k", "2"], "k is 2.0, must be in (0, 1]"),
+        (["--backprop", "dithered", "--s", "0"], "--s is 0.0, must be above 0"),
+        (["--backprop", "dithered", "--bits", "4"], "--bits is 4"),
+        (["--backprop", "dithered", "--gradient-sparsity", "1"], "--gradient-sparsity is 1.0, must be in (0, 1)"),
+        (["--backprop", "resprop", "--reuse", "1"], "--reuse is 1.0, must be in [0, 1)"),
+        (["--backprop", "mem-aop", "--policy", "topk2"], "--policy is 'topk2'"),
+        (["--backprop", "top-k", "--k", "2"], "--k is 2.0, must be in (0, 1]"),
         (["--backprop", "top-k", "--exact-layers", "77"], "exclude has '77', which matches none of the layers"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

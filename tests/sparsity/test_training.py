@@ -453,6 +453,16 @@ def test_a_method_of_another_trainer(make):
     assert ends[0] == ends[1] > 0.5
 
 
+def test_a_method_of_backprop_that_does_not_fit_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="exclude has 'nope'"):
+        Trainer(model, optimizer, sparsity=Static(0.5), backprop=Dithered(exclude=["nope"]))
+    with pytest.raises(ValueError, match="exclude has 'nope'"):
+        Trainer(model, optimizer, sparsity=Static(0.5, exclude=["nope"]), backprop=Dithered())
+    assert all(layer.weight.structure.dense and layer.backprop is None for layer in model)
+
+
 def test_an_update_that_fails_leaves_no_probes():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     run = Trainer(model, optim.SGD(model.parameters(), lr=0.1), sparsity=RigL(0.5, stop=5, every=1))
