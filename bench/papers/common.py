@@ -415,14 +415,15 @@ def draw(options, name, title, shape, plot):
     print(f"wrote {path}")
 
 
-def draw_models(options, name, title, found, x_label, series, timed):
-    """A row of figures a model: accuracy against x, against achieved sparsity, and against time.
+def draw_models(options, name, title, found, x_label, series, curves):
+    """A row of figures a model: accuracy against x, against achieved sparsity, and over the epochs (over time:
+    time_to_accuracy.py).
 
-    series: {label: {x: configuration}}; timed: the configurations whose accuracy over time is shown, after exact.
+    series: {label: {x: configuration}}; curves: the configurations whose accuracy by epoch is shown, after exact.
     """
 
     def plot(axes):
-        for (model, configurations), (by_x, by_sparsity, by_time) in zip(found.items(), axes, strict=True):
+        for (model, configurations), (by_x, by_sparsity, by_epoch) in zip(found.items(), axes, strict=True):
             exact = accuracies(configurations.get("exact", []))
             for ax in (by_x, by_sparsity):
                 if exact:
@@ -437,21 +438,22 @@ def draw_models(options, name, title, found, x_label, series, timed):
                 style = {"yerr": bars, "color": f"C{i}", "marker": "o", "markersize": 4, "capsize": 2, "label": label}
                 by_x.errorbar([x for x, _ in there], y, **style)
                 by_sparsity.errorbar([100 * sparsity(records) for _, records in there], y, **style)
-            for i, c in enumerate(["exact", *timed]):
+            for i, c in enumerate(["exact", *curves]):
                 records = [r for r in configurations.get(c, []) if r["accuracy"] is not None]
                 if records:
-                    time_s = np.mean([r["time_s"] for r in records], axis=0)
                     correct = 100 * np.mean([r["val_accuracy"] for r in records], axis=0)
-                    by_time.plot(time_s, correct, color="0.4" if c == "exact" else f"C{i - 1}", marker=".", label=c)
+                    color = "0.4" if c == "exact" else f"C{i - 1}"
+                    by_epoch.plot(range(1, len(correct) + 1), correct, color=color, marker=".", label=c)
             by_x.set_xticks(sorted({x for points in series.values() for x in points}))
             by_x.set_xlabel(x_label)
             by_sparsity.set_xlabel("gradient sparsity, %")
-            by_time.set_xlabel("training time, s")
-            by_time.set_ylabel("test accuracy, %")
-            for ax in (by_x, by_sparsity, by_time):
+            by_epoch.set_xlabel("epoch")
+            by_epoch.set_ylabel("test accuracy, %")
+            for ax in (by_x, by_sparsity, by_epoch):
                 ax.set_title(model, fontsize=10)
                 if ax.get_legend_handles_labels()[0]:
                     ax.legend(fontsize=7)
 
+    found = {model: configurations for model, configurations in found.items() if set(configurations) > {"exact"}}
     if found:
         draw(options, name, title, (len(found), 3), plot)

@@ -131,8 +131,8 @@ def print_variance(records):
 
 def draw(options, found, variances):
     series = {"s held": {s: f"s={s:g}" for s in STEPS}}
-    timed = ["s=2", "s=8", f"sparsity={TARGET:g}"]
-    common.draw_models(options, "dithered", "Dithered backprop", found, "s", series, timed)
+    curves = ["s=2", "s=8", f"sparsity={TARGET:g}"]
+    common.draw_models(options, "dithered", "Dithered backprop", found, "s", series, curves)
 
     def plot(axes):
         for i, name in enumerate(variances[0]["errors"]):
