@@ -103,15 +103,21 @@ class Method:
             self.prepare()
 
     def end_step(self):
-        """Change the layers where it is time to, after the backward pass of a step. Returns whether that was so."""
-        due = self.due()
-        if due:
+        """Change the layers where it is time to, after the backward pass of a step. Returns what became of them,
+        {layer: {"weights", "nnz", "sparsity", "dropped", "grown"}}; {} where it was not time."""
+        changed = {}
+        if self.due():
+            before = [(layer.dropped, layer.grown) for layer in self.layers]
             self.update()
-            for layer in self.layers:
+            for layer, (dropped, grown) in zip(self.layers, before, strict=True):
                 layer.module.probe = None
                 layer.note()
+                changed[layer.name] = layer.size_now() | {
+                    "dropped": layer.dropped - dropped,
+                    "grown": layer.grown - grown,
+                }
         self.step += 1
-        return due
+        return changed
 
     def cancel_step(self):
         """Say that a step that had begun came to nothing."""
@@ -270,13 +276,10 @@ class Layer:
         return found.places, found.magnitudes
 
     def report(self):
-        row = {
-            "weights": self.size,
-            "nnz": self.weight.nnz,
-            "sparsity": self.weight.sparsity,
-            "dropped": self.dropped,
-            "grown": self.grown,
-            "explored": int(np.unpackbits(self.explored).sum()) / self.size,
-        }
+        explored = int(np.unpackbits(self.explored).sum()) / self.size
+        row = self.size_now() | {"dropped": self.dropped, "grown": self.grown, "explored": explored}
         self.dropped = self.grown = 0
         return row
+
+    def size_now(self):
+        return {"weights": self.size, "nnz": self.weight.nnz, "sparsity": self.weight.sparsity}

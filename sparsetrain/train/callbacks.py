@@ -16,7 +16,8 @@ class Callback:
     """Does nothing at each point of a run; subclass it and write the methods you need.
 
     row is the epoch's row of the history; mean holds loss, accuracy and images_per_s of the epoch
-    up to this batch. Set `trainer.stop = True` to end the run after the epoch. What a callback must remember when a run
+    up to this batch; layers is what a method of sparsity just did: {layer: {"weights", "nnz", "sparsity", "dropped",
+    "grown"}}. Set `trainer.stop = True` to end the run after the epoch. What a callback must remember when a run
     is resumed it gives as {name: array} in state_dict(), and takes back, if it is given to Trainer.resume, in
     load_state_dict(), before the trainer has its weights: ValueError there if it does not fit. Callbacks that save are
     called after all others, so that what is saved has what these did.
@@ -27,6 +28,8 @@ class Callback:
     def on_fit_begin(self, trainer, epochs): ...
 
     def on_epoch_begin(self, trainer, batches): ...
+
+    def on_weights_changed(self, trainer, layers): ...
 
     def on_batch_end(self, trainer, mean): ...
 

@@ -112,18 +112,21 @@ class Trainer:
         """One step on one batch, in the model's present mode; returns the loss and the outputs."""
         if self.schedule is not None:
             self.optimizer.lr = self.schedule(self.step)
+        changed = {}
         if self.sparsity is None:
             loss, outputs = self._gradients(x, y)
         else:
             try:
                 self.sparsity.begin_step()
                 loss, outputs = self._gradients(x, y)
-                self.sparsity.end_step()
+                changed = self.sparsity.end_step()
             except BaseException:
                 self.sparsity.cancel_step()
                 raise
         self.optimizer.step()
         self.step += 1
+        if changed:
+            self._call("on_weights_changed", changed)
         return loss, outputs
 
     def _gradients(self, x, y):

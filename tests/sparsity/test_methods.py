@@ -21,7 +21,7 @@ def step(method, model, x, labels):
     method.begin_step()
     model.zero_grad()
     model.backward(nn.cross_entropy(model(x), labels)[1], input_gradient=False)
-    return method.end_step()
+    return bool(method.end_step())
 
 
 def weights(model):

@@ -109,6 +109,32 @@ def test_a_net_learns(name):
         assert all(slot.shape == parameter.data.shape for slot in parameter.slots.values())
 
 
+class Changes(Callback):
+    """What it hears of each change, by step."""
+
+    def __init__(self):
+        self.heard = {}
+
+    def on_weights_changed(self, trainer, layers):
+        self.heard[trainer.step] = layers
+
+
+@methods
+def test_each_change_is_told_as_it_happens(name):
+    run = trainer(METHODS[name](), callbacks=[changes := Changes()])
+    first = {layer.name: layer.weight.nnz for layer in run.sparsity.layers}
+    begun = {name: row["grown"] - row["dropped"] for name, row in run.sparsity.report().items()}
+    rows = run.fit(batches(), 4)
+    assert changes.heard or name not in TIMED
+    for layer in run.sparsity.layers:
+        told = [layers[layer.name] for layers in changes.heard.values()]
+        assert all(row["sparsity"] == 1 - row["nnz"] / row["weights"] for row in told)
+        for column in ("dropped", "grown"):
+            assert sum(row[column] for row in told) == sum(row["weights"][layer.name][column] for row in rows)
+        assert [row["nnz"] for row in told[-1:]] in ([], [layer.weight.nnz])
+        assert first[layer.name] == layer.size + begun[layer.name]
+
+
 @methods
 def test_history_and_its_files(name, tmp_path):
     run = trainer(METHODS[name](), callbacks=[CSVLog(tmp_path / "history.csv")])
