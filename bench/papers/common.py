@@ -59,8 +59,9 @@ IMAGE = {"lenet300": (1, 28, 28), "lenet5": (1, 28, 28), "small-cnn": (1, 28, 28
 # ---- options
 
 
-def parse(description, seeds, epochs, quick_only):
-    """The parsed command line. epochs: what its default is, in words; quick_only: globs of the runs of --quick."""
+def parse(description, seeds, epochs, quick_only, more=None):
+    """The parsed command line. epochs: what its default is, in words; quick_only: globs of the runs of --quick; more:
+    {option: argparse's settings} of the script's own."""
     name = Path(sys.argv[0]).stem.replace("_", "-")
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     add = parser.add_argument
@@ -74,6 +75,8 @@ def parse(description, seeds, epochs, quick_only):
     add("--threads", type=int, default=st.get_num_threads(), help="default all")
     add("--force", action="store_true", help="run again what is finished")
     add("--quick", action="store_true", help="a few runs on few images, files in runs/")
+    for option, settings in (more or {}).items():
+        add(option, **settings)
     options = parser.parse_args()
     st.set_num_threads(options.threads)
     out, figures = ROOT / "bench" / "results" / f"papers-{name}.json", ROOT / "docs" / "figures"
