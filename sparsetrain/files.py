@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and the JSON files that say what they are."""
 
 import contextlib
+import glob
 import json
 import os
 from pathlib import Path
@@ -11,9 +12,11 @@ def replacing(path, mode="w"):
     """A file open for writing that takes the place of path when the block ends without an error.
 
     It is written beside path, flushed to the disk and renamed, so that whoever reads path, or
-    breaks in at any moment, finds the old file or the new one.
+    breaks in at any moment, finds the old file or the new one. What killed processes left of
+    theirs is removed first.
     """
     path = Path(path)
+    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -25,6 +28,16 @@ def replacing(path, mode="w"):
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_stale(path):
+    """Remove the temporary files beside path of processes that were killed while they wrote to it."""
+    prefix = f".{path.name}."
+    for file in path.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = file.name.removeprefix(prefix)
+        if pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            with contextlib.suppress(OSError):  # somebody else's
+                file.unlink()
 
 
 def read_json(path, name, schema):

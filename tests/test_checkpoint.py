@@ -17,6 +17,7 @@ from hypothesis import strategies as hs
 
 import sparsetrain as st
 from sparsetrain import Trainer, backprop, data, nn, optim, sparsity
+from sparsetrain.files import replacing
 from sparsetrain.train import Callback, Checkpoint, checkpoint
 from strategies import quick
 
@@ -150,7 +151,21 @@ def test_a_process_that_is_killed_anywhere_leaves_a_whole_file(tmp_path):
         whole = trainer("rigl", "dithered")
         whole.fit(images(), half.epoch)
         assert_same(half, whole)
-    assert path.exists() and {p.name for p in tmp_path.glob("run*")} <= {"run.safetensors", "run-1.safetensors"}
+    for kept in (path, tmp_path / "run-1.safetensors"):
+        whole.save(kept)  # it removes what the killed left
+    assert {p.name for p in tmp_path.iterdir()} == {"run.safetensors", "run-1.safetensors"}
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    """Of the same target, and of processes that are gone, only."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    others = [".run.csv.1", f".other.csv.{gone.pid}", f".run.csv.more.{gone.pid}", ".run.csv.bak", "run.csv"]
+    for name in (f".run.csv.{gone.pid}", *others):
+        (tmp_path / name).write_text("some")
+    with replacing(tmp_path / "run.csv") as file:
+        file.write("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
 
 
 def test_the_last_k_are_kept(tmp_path):
