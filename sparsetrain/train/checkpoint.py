@@ -24,7 +24,7 @@ from sparsetrain.train.history import History
 from sparsetrain.version import VERSION
 
 FORMAT = 2
-MOST_DENSE = 1 << 26  # weights that read_state() makes dense whatever their sparsity
+MOST_DENSE, SMALL = 800, 1 << 29  # bytes that read_state() makes dense for one in the file, unless they are few
 METHODS = {"backprop": backprop, "sparsity": sparsity}  # what a Trainer takes, and where its classes are
 
 
@@ -190,15 +190,15 @@ def read_state(path):
     """{name: dense array} of the parameters and buffers in the checkpoint at path, as of Module.state_dict()."""
     meta, arrays = read(path)
     with _sound(path):
-        state = {}
-        for name, shape in meta["shapes"].items():
-            parameter = read_parameter(path, arrays, name, tuple(shape))
-            if math.prod(parameter.shape) > max(MOST_DENSE, 10_000 * parameter.nnz):
-                raise ValueError(
-                    f"{path}: {name} has shape {parameter.shape}, too large for its {parameter.nnz} weights"
-                )
-            state[name] = parameter.to_dense()
-        return state | below("buffer/", arrays)
+        parameters = {name: read_parameter(path, arrays, name, tuple(s)) for name, s in meta["shapes"].items()}
+        dense = {name: math.prod(p.shape) * p.data.itemsize for name, p in parameters.items()}
+        if sum(dense.values()) > max(SMALL, MOST_DENSE * sum(array.nbytes for array in arrays.values())):
+            name = max(dense, key=dense.get)
+            raise ValueError(
+                f"{path}: as dense arrays its parameters take {sum(dense.values())} bytes, too many for so few stored "
+                f"weights; the largest is {name} with shape {parameters[name].shape}"
+            )
+        return {name: p.to_dense() for name, p in parameters.items()} | below("buffer/", arrays)
 
 
 def below(prefix, arrays):

@@ -315,12 +315,39 @@ def test_a_checkpoint_with_a_huge_shape_and_few_weights(tmp_path):
     path = tmp_path / "forged.safetensors"
     path.write_bytes(safetensors.numpy.save(found, {"sparsetrain": json.dumps(meta)}))
     message = error(path)
-    assert name in message and "too large for its 2 weights" in message
+    assert "take 8464" in message and f"the largest is {name} with shape (46000, 46000)" in message
     for shape in ([2**40, 2**40], [-1, 5], [1.5, 2], ["a"], "ab", None):
         meta["shapes"][name] = shape
         path.write_bytes(safetensors.numpy.save(found, {"sparsetrain": json.dumps(meta)}))
         with pytest.raises(ValueError):
             read_state(path)
+
+
+def few_weights(path, tensors, shape, nnz, dtype=np.float32):
+    """A checkpoint of so many tensors of one row each, with nnz weights."""
+    indices = np.linspace(0, shape[1] - 1, nnz).astype(np.int32)
+    parts = {"data": np.ones(nnz, dtype), "indices": indices, "indptr": np.array([0, nnz], np.int32)}
+    arrays = {f"parameter/{i}/{part}": array for i in range(tensors) for part, array in parts.items()}
+    meta = {"format": checkpoint.FORMAT, "shapes": {str(i): shape for i in range(tensors)}}
+    path.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "tensors, shape, nnz, dtype",
+    [(100, (1, 1 << 26), 1, np.float32), (1, (1, (1 << 31) - 1), 214_749, np.float64)],
+    ids=["many", "float64"],
+)
+def test_all_tensors_of_a_checkpoint_together_are_in_proportion_to_the_file(tmp_path, tensors, shape, nnz, dtype):
+    assert "too many" in error(few_weights(tmp_path / "a.safetensors", tensors, shape, nnz, dtype))
+
+
+def test_very_sparse_checkpoints_can_be_read(tmp_path, monkeypatch):
+    """99.9 % removed, and a small one with a single weight."""
+    monkeypatch.setattr(checkpoint, "SMALL", 1 << 20)
+    for shape, nnz in (((1, 1 << 24), (1 << 24) // 1000), ((1, 1 << 18), 1)):
+        state = read_state(few_weights(tmp_path / "a.safetensors", 1, shape, nnz))
+        assert state["0"].shape == shape and np.count_nonzero(state["0"]) == nnz
 
 
 # ---- into a model
