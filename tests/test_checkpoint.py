@@ -298,10 +298,12 @@ def test_changed_arrays(whole, draw):
         (lambda m, a: m["backprop"].update({"class": "__builtins__"}), "names '__builtins__'"),
         (lambda m, a: m["optimizer"].update({"class": "cosine"}), "names 'cosine'"),
         (lambda m, a: m.update({"loss": "Module.__init__"}), "names 'Module.__init__'"),
-        (lambda m, a: m.update({"format": 99}), "has checkpoint format 99"),
-        (lambda m, a: a["parameter/6.weight/indices"].__setitem__(0, 10**6), "indices reach"),
+        (lambda m, a: m.update({"format": 99}), "format 99"),
+        (lambda m, a: a["parameter/6.weight/indices"].__setitem__(0, 10**6), "parameter/6.weight: indices reach"),
         (lambda m, a: a["parameter/6.weight/indices"].__setitem__(1, a["parameter/6.weight/indices"][0]), "ascend"),
-        (lambda m, a: a["parameter/6.weight/indptr"].__setitem__(1, 10**6), "indptr"),
+        (lambda m, a: a["parameter/6.weight/indptr"].__setitem__(1, 10**6), "6.weight: indptr"),
+        (lambda m, a: m.update({"step": float("nan")}), "NaN"),
+        (lambda m, a: a.update({"sparsity/6/changed": np.zeros(3, int)}), "too many values"),
     ],
 )
 def test_what_a_forged_file_is_told(whole, change, message):
@@ -313,7 +315,7 @@ def test_what_a_forged_file_is_told(whole, change, message):
     forged.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
     model = network()
     before = model.state_dict()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"forged.safetensors.*{message}"):
         Trainer.resume(forged)
     if change(meta, arrays) is None and "model" not in message:
         with pytest.raises(ValueError):

@@ -83,34 +83,34 @@ def resume(trainer_class, path, model, optimizer, settings):
     with _sound(path):
         if meta["schedule"] and "schedule" not in settings:
             raise ValueError(
-                f"{path} ran with a schedule, a function that no file can hold: give schedule=, "
+                "it ran with a schedule, a function that no file can hold: give schedule=, "
                 f"or schedule=None to go on with lr {meta['optimizer']['settings']['lr']}"
             )
         if meta["loss"] is None and "loss" not in settings:
-            raise ValueError(f"{path} ran with a loss that is not one of nn's: give loss=")
+            raise ValueError("it ran with a loss that is not one of nn's: give loss=")
         for kind, module in METHODS.items():
             method = meta[kind]
             if method is not None and method["class"] is None and kind not in settings:
-                raise ValueError(f"{path} ran with a method of {kind} of your own: give {kind}=")
+                raise ValueError(f"it ran with a method of {kind} of your own: give {kind}=")
             if method is not None and kind not in settings:
-                settings[kind] = _known(path, module, method["class"], module.Method)(**method["settings"])
+                settings[kind] = _known(module, method["class"], module.Method)(**method["settings"])
         if "loss" not in settings:
-            settings["loss"] = _known(path, nn, meta["loss"], None)
+            settings["loss"] = _known(nn, meta["loss"], None)
         settings.setdefault("label_smoothing", meta["label_smoothing"])
         if model is None:
             with blank():
                 model = build(meta["model"])
-        parameters = _parameters(path, meta, arrays, model)
-        buffers = _buffers(path, arrays, model)
+        parameters = _parameters(meta, arrays, model)
+        buffers = _buffers(arrays, model)
         names = meta["optimizer"]["parameters"]
         if optimizer is None:
-            optimizer = _build_optimizer(path, meta["optimizer"], parameters)
+            optimizer = _build_optimizer(meta["optimizer"], parameters)
         else:
-            _check_optimizer(path, meta["optimizer"], optimizer, model)
+            _check_optimizer(meta["optimizer"], optimizer, model)
         counters = [int(meta[name]) for name in ("step", "epoch", "batch")]
         steps = [int(n) for n in meta["optimizer"]["steps"]]
         if min(counters + steps) < 0 or len(steps) != len(names):
-            raise ValueError(f"{path}: counters {counters} and steps of {len(steps)} parameters cannot be")
+            raise ValueError(f"counters {counters} and steps of {len(steps)} parameters cannot be")
         history, paused = History([dict(row) for row in meta["history"]]), meta["paused"]
         generator = np.random.default_rng()
         generator.bit_generator.state = meta["rng"]
@@ -150,18 +150,21 @@ def resume(trainer_class, path, model, optimizer, settings):
 
 @contextmanager
 def _sound(path):
-    """Within it, what only a damaged or forged file can cause is a ValueError that says so."""
+    """Within it, any error is a ValueError that names the file, and what only a damaged or forged one can cause says
+    so."""
     try:
         yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError) as error:
         raise ValueError(f"{path} is not a sound checkpoint: {type(error).__name__}: {error}") from error
 
 
-def _known(path, module, name, base):
+def _known(module, name, base):
     """What a module exports by this name; ValueError if that is no function or, with base, no subclass of it."""
     found = getattr(module, name) if isinstance(name, str) and name in module.__all__ else None
     if not callable(found) or (base is not None and not (isinstance(found, type) and issubclass(found, base))):
-        raise ValueError(f"{path} names {name!r}, which {module.__name__} does not have")
+        raise ValueError(f"it names {name!r}, which {module.__name__} does not have")
     return found
 
 
@@ -190,13 +193,13 @@ def read_state(path):
     """{name: dense array} of the parameters and buffers in the checkpoint at path, as of Module.state_dict()."""
     meta, arrays = read(path)
     with _sound(path):
-        parameters = {name: read_parameter(path, arrays, name, tuple(s)) for name, s in meta["shapes"].items()}
+        parameters = {name: read_parameter(arrays, name, tuple(s)) for name, s in meta["shapes"].items()}
         dense = {name: math.prod(p.shape) * p.data.itemsize for name, p in parameters.items()}
         if sum(dense.values()) > max(SMALL, MOST_DENSE * sum(array.nbytes for array in arrays.values())):
             name = max(dense, key=dense.get)
             raise ValueError(
-                f"{path}: as dense arrays its parameters take {sum(dense.values())} bytes, too many for so few stored "
-                f"weights; the largest is {name} with shape {parameters[name].shape}"
+                f"as dense arrays its parameters take {sum(dense.values())} bytes, too many for so few stored weights; "
+                f"the largest is {name} with shape {parameters[name].shape}"
             )
         return {name: p.to_dense() for name, p in parameters.items()} | below("buffer/", arrays)
 
@@ -243,7 +246,7 @@ def build(description):
             f"the saved model has a layer of class {description['foreign']}, which is not "
             "sparsetrain's own: give resume() a model= to fill"
         )
-    kind = _known("the saved model", nn, description["class"], nn.Module)
+    kind = _known(nn, description["class"], nn.Module)
     if "layers" in description:
         return kind(*(build(layer) for layer in description["layers"]))
     return kind(**{name: _argument(v) for name, v in description["arguments"].items()})
@@ -261,23 +264,22 @@ def _own_name(module, thing):
     return name if getattr(module, name, None) is thing else None
 
 
-def _parameters(path, meta, arrays, model):
+def _parameters(meta, arrays, model):
     """The saved parameters with their slots, by name, after checking that the model has them."""
     present = dict(model.named_parameters())
-    _same_names(path, "parameter", meta["shapes"], present)
+    _same_names("parameter", meta["shapes"], present)
     parameters = {}
     for name, shape in meta["shapes"].items():
         if tuple(shape) != tuple(present[name].shape):
-            raise ValueError(f"{path}: {name} has shape {tuple(shape)}, the model's has {present[name].shape}")
-        parameters[name] = read_parameter(path, arrays, name, tuple(shape))
+            raise ValueError(f"{name} has shape {tuple(shape)}, the model's has {present[name].shape}")
+        parameters[name] = read_parameter(arrays, name, tuple(shape))
         data = parameters[name].data
         if data.dtype != present[name].data.dtype:
-            raise ValueError(f"{path}: {name} is {data.dtype}, the model's is {present[name].data.dtype}")
+            raise ValueError(f"{name} is {data.dtype}, the model's is {present[name].data.dtype}")
         for key, slot in below(f"slot/{name}/", arrays).items():
             if (slot.shape, slot.dtype) != (data.shape, data.dtype):
                 raise ValueError(
-                    f"{path}: slot/{name}/{key} is {slot.dtype} {slot.shape}, must be {data.dtype} {data.shape} as its "
-                    "weights"
+                    f"slot/{name}/{key} is {slot.dtype} {slot.shape}, must be {data.dtype} {data.shape} as its weights"
                 )
             parameters[name].slots[key] = slot
     return parameters
@@ -291,46 +293,51 @@ def parameter_arrays(name, parameter):
     return arrays
 
 
-def read_parameter(path, arrays, name, shape):
-    """The parameter of these arrays; ValueError if it has another shape or is none, KeyError if one is missing."""
-    data = arrays[f"parameter/{name}/data"]
-    if f"parameter/{name}/indptr" in arrays:
-        return SparseParameter(shape, *(arrays[f"parameter/{name}/{part}"] for part in ("indptr", "indices")), data)
-    if data.shape != shape:
-        raise ValueError(f"{path}: {name} has values of shape {data.shape}, must be {shape}")
-    return Parameter(data)
+def read_parameter(arrays, name, shape, prefix=""):
+    """The parameter of the arrays that parameter_arrays() gave, with a prefix to their names; ValueError if it has
+    another shape or is none, KeyError if one is missing."""
+    tensor = f"{prefix}parameter/{name}"
+    data = arrays[f"{tensor}/data"]
+    try:
+        if f"{tensor}/indptr" in arrays:
+            return SparseParameter(shape, arrays[f"{tensor}/indptr"], arrays[f"{tensor}/indices"], data)
+        if data.shape != shape:
+            raise ValueError(f"data has shape {data.shape}, must be {shape}")
+        return Parameter(data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{tensor}: {error}") from error
 
 
-def _buffers(path, arrays, model):
+def _buffers(arrays, model):
     saved = below("buffer/", arrays)
     present = dict(model.named_buffers())
-    _same_names(path, "buffer", saved, present)
+    _same_names("buffer", saved, present)
     for name, array in saved.items():
         if array.shape != present[name].shape:
-            raise ValueError(f"{path}: {name} has shape {array.shape}, the model's has {present[name].shape}")
+            raise ValueError(f"{name} has shape {array.shape}, the model's has {present[name].shape}")
     return saved
 
 
-def _same_names(path, what, saved, present):
+def _same_names(what, saved, present):
     missing = [name for name in present if name not in saved]
     unexpected = [name for name in saved if name not in present]
     if missing:
-        raise ValueError(f"{path} lacks {what} {missing[0]}, which the model has")
+        raise ValueError(f"it lacks {what} {missing[0]}, which the model has")
     if unexpected:
-        raise ValueError(f"{path} has {what} {unexpected[0]}, which the model lacks")
+        raise ValueError(f"it has {what} {unexpected[0]}, which the model lacks")
 
 
-def _build_optimizer(path, saved, parameters):
+def _build_optimizer(saved, parameters):
     if saved["class"] is None:
-        raise ValueError(f"{path} ran with an optimiser of your own: give model= and optimizer=")
-    kind = _known(path, optim, saved["class"], optim.Optimizer)
+        raise ValueError("it ran with an optimiser of your own: give model= and optimizer=")
+    kind = _known(optim, saved["class"], optim.Optimizer)
     return kind([(name, parameters[name]) for name in saved["parameters"]], **saved["settings"])
 
 
-def _check_optimizer(path, saved, optimizer, model):
+def _check_optimizer(saved, optimizer, model):
     names = {id(p): name for name, p in model.named_parameters()}
     held = [names.get(id(p)) for p in optimizer.params]
     if held != saved["parameters"]:
-        raise ValueError(f"{path}: the optimiser held the parameters {saved['parameters']}, this one has {held}")
+        raise ValueError(f"the optimiser held the parameters {saved['parameters']}, this one has {held}")
     if saved["class"] not in (None, type(optimizer).__name__):
-        raise ValueError(f"{path} ran with {saved['class']}, this is {type(optimizer).__name__}")
+        raise ValueError(f"it ran with {saved['class']}, this is {type(optimizer).__name__}")

@@ -74,20 +74,20 @@ class FreeTickets(Callback):
         return state
 
     def load_state_dict(self, state, trainer):
-        tickets, wanted = [], [(name, b.shape) for name, b in trainer.model.named_buffers()]
+        tickets, model = [], trainer.model
         for i in range(len({key.partition("/")[0] for key in state})):
-            arrays = checkpoint.below(f"{i}/", state)
             parameters = [
-                checkpoint.read_parameter(f"ticket {i}", arrays, name, p.shape)
-                for name, p in trainer.model.named_parameters()
+                checkpoint.read_parameter(state, name, p.shape, f"{i}/") for name, p in model.named_parameters()
             ]
-            for (name, p), parameter in zip(trainer.model.named_parameters(), parameters, strict=True):
+            for (name, p), parameter in zip(model.named_parameters(), parameters, strict=True):
                 if parameter.data.dtype != p.data.dtype:
                     raise ValueError(f"ticket {i}: {name} is {parameter.data.dtype}, the model's is {p.data.dtype}")
-            buffers = [arrays[f"buffer/{name}"] for name, _ in wanted]
-            for (name, shape), buffer in zip(wanted, buffers, strict=True):
-                if buffer.shape != shape:
-                    raise ValueError(f"ticket {i}: {name} has shape {buffer.shape}, the model's has {shape}")
+            buffers = [state[f"{i}/buffer/{name}"] for name, _ in model.named_buffers()]
+            for (name, b), buffer in zip(model.named_buffers(), buffers, strict=True):
+                if (buffer.dtype, buffer.shape) != (b.dtype, b.shape):
+                    raise ValueError(
+                        f"ticket {i}: {name} is {buffer.dtype} {buffer.shape}, the model's is {b.dtype} {b.shape}"
+                    )
             tickets.append((parameters, buffers))
         self.tickets, self._trainer = tickets, trainer
 
