@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as hs
 
 import sparsetrain as st
-from sparsetrain import Trainer, backprop, data, nn, optim, sparsity
+from sparsetrain import Trainer, backprop, data, nn, optim, rng, sparsity
 from sparsetrain.files import replacing
 from sparsetrain.train import Callback, Checkpoint, checkpoint
 from strategies import quick
@@ -322,6 +322,38 @@ def test_what_a_forged_file_is_told(whole, change, message):
             Trainer.resume(forged, model, optim.SGD([model.parameters()[0]], lr=0.1))
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_method_that_cannot_begin_changes_nothing(tmp_path):
+    """N:M chooses among all weights, and of these the file lacks some."""
+    path = tmp_path / "run.safetensors"
+    run = trainer()
+    st.sparsify(run.model, 0.5)
+    run.fit(images(), 1)
+    run.save(path)
+    model = network()
+    optimizer = optim.SGD(model.named_parameters(), lr=0.1)
+    before, parameters, random = model.state_dict(), model.parameters(), rng.generator().bit_generator.state
+    with pytest.raises(ValueError, match="layer 0 is sparse already"):
+        Trainer.resume(path, model, optimizer, sparsity=sparsity.NM(2, 4, stop=3))
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True)) and optimizer.params == parameters
+    assert rng.generator().bit_generator.state == random
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("weights", [None, 0.5])
+def test_a_method_that_begins_with_a_checkpoint_has_its_weights(tmp_path, weights):
+    path = tmp_path / "run.safetensors"
+    run = trainer()
+    if weights is not None:
+        st.sparsify(run.model, weights)
+    run.save(path)
+    run = Trainer.resume(path, sparsity=sparsity.Static(0.8, "magnitude", distribution="uniform"))
+    kept = run.model[0].weight
+    wanted = st.sparsify(Trainer.resume(path).model, 0.8)[0].weight
+    np.testing.assert_array_equal(kept.to_dense(), wanted.to_dense())
+    assert run.optimizer.params[0] is kept and run.fit(images(), 1)[0]["sparsity"] > 0.79
 
 
 def test_a_small_file_does_not_ask_for_much_memory(whole, tmp_path):

@@ -19,7 +19,7 @@ class Callback:
     up to this batch; layers is what a method of sparsity just did: {layer: {"weights", "nnz", "sparsity", "dropped",
     "grown"}}. Set `trainer.stop = True` to end the run after the epoch. What a callback must remember when a run
     is resumed it gives as {name: array} in state_dict(), and takes back, if it is given to Trainer.resume, in
-    load_state_dict(), before the trainer has its weights: ValueError there if it does not fit. Callbacks that save are
+    load_state_dict(), before the trainer has its counters: ValueError there if it does not fit. Callbacks that save are
     called after all others, so that what is saved has what these did.
     """
 

@@ -112,12 +112,14 @@ def resume(trainer_class, path, model, optimizer, settings):
         if min(counters + steps) < 0 or len(steps) != len(names):
             raise ValueError(f"counters {counters} and steps of {len(steps)} parameters cannot be")
         history, paused = History([dict(row) for row in meta["history"]]), meta["paused"]
-        generator = np.random.default_rng()
-        generator.bit_generator.state = meta["rng"]
-    weights = settings.pop("sparsity", None)
+    weights, generator = settings.pop("sparsity", None), rng.generator().bit_generator
     trainer = trainer_class(model, optimizer, **settings)
+    before, random = dict(model.named_parameters()), generator.state
     try:
         with _sound(path):
+            for name, parameter in parameters.items():
+                model.set_parameter(name, parameter)
+            generator.state = meta["rng"]
             trainer.sparsity = weights if weights is None else weights.attach(model, begin=False)
             for kind in METHODS:
                 method = getattr(trainer, kind)
@@ -127,24 +129,24 @@ def resume(trainer_class, path, model, optimizer, settings):
             for name, callback in _named(trainer.callbacks):
                 if state := below(f"callback/{name}/", arrays):
                     callback.load_state_dict(state, trainer)
+        if weights is not None and meta["sparsity"] is None:
+            weights.attach(model)  # it begins now
     except BaseException:
         for method in (weights, trainer.backprop):
             if method is not None:
                 method.detach()
+        for name, parameter in before.items():
+            model.set_parameter(name, parameter)
+        generator.state = random
         raise
 
     # Everything fits: from here on nothing can fail.
-    for name, parameter in parameters.items():
-        model.set_parameter(name, parameter)
     for name, buffer in model.named_buffers():
         buffer[...] = buffers[name]
     optimizer.params = [parameters[name] for name in names]
     optimizer.steps = steps
     trainer.step, trainer.epoch, trainer.batch = counters
     trainer.history, trainer.paused = history, paused
-    rng.generator().bit_generator.state = meta["rng"]
-    if weights is not None and meta["sparsity"] is None:
-        weights.attach(model)  # it begins now
     return trainer
 
 
