@@ -119,6 +119,28 @@ def test_a_run_that_stops_after_any_step_goes_on_with_the_same_bits(tmp_path, we
         assert_same(half, whole)
 
 
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+@pytest.mark.parametrize("weights, gradients", [("none", "exact"), ("rigl", "dithered"), ("n:m", "exact")])
+def test_a_float64_run_goes_on_with_the_same_bits(tmp_path, kind, weights, gradients):
+    def double():
+        st.manual_seed(1)
+        model = network().to(np.float64)
+        methods = {"sparsity": SPARSITY[weights](), "backprop": BACKPROP[gradients]()}
+        return Trainer(model, kind(model.named_parameters(), lr=0.01), **methods)
+
+    batches = [(x.astype(np.float64), y) for x, y in images()]
+    whole = double()
+    whole.fit(batches, 3)
+    half = double()
+    half.fit(batches, 1)
+    half.save(tmp_path / "run.safetensors")
+    st.manual_seed(77)
+    half = Trainer.resume(tmp_path / "run.safetensors")
+    half.fit(batches, 2)
+    assert {array.dtype.name for array in half.model.state_dict().values()} == {"float64", "int64"}
+    assert_same(half, whole)
+
+
 SCRIPT = """
     import sys
     import numpy as np
@@ -356,26 +378,37 @@ def test_a_method_that_begins_with_a_checkpoint_has_its_weights(tmp_path, weight
     assert run.optimizer.params[0] is kept and run.fit(images(), 1)[0]["sparsity"] > 0.79
 
 
-def test_a_small_file_does_not_ask_for_much_memory(whole, tmp_path):
+HUGE = [  # 4 GB each as float32, or more
+    {"class": "Linear", "arguments": {"in_features": 40_000, "out_features": 40_000, "bias": False}},
+    {"class": "Linear", "arguments": {"in_features": 1, "out_features": 10**9}},
+    {"class": "Conv2d", "arguments": {"in_channels": 1, "out_channels": 10**9, "kernel_size": 1}},
+    {"class": "Conv2d", "arguments": {"in_channels": 1, "out_channels": 1, "kernel_size": [30_000, 60_000]}},
+    {"class": "BatchNorm1d", "arguments": {"num_features": 10**9}},
+    {"class": "BatchNorm2d", "arguments": {"num_features": 10**9}},
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_small_file_does_not_ask_for_much_memory(whole, tmp_path, dtype):
     path, _ = whole
     meta, arrays = checkpoint.read(path)
-    big = 40_000  # 6.4 GB as float32
-    meta["model"] = {
-        "class": "Sequential",
-        "layers": [{"class": "Linear", "arguments": {"in_features": big, "out_features": big, "bias": False}}],
-    }
-    forged = tmp_path / "forged.safetensors"
-    forged.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    arrays = {name: array.astype(dtype) if array.dtype == np.float32 else array for name, array in arrays.items()}
+    forged = [tmp_path / f"{i}.safetensors" for i in range(len(HUGE))]
+    for layer, file in zip(HUGE, forged, strict=True):
+        meta["model"] = {"class": "Sequential", "layers": [layer]}
+        file.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
     code = f"""
         from sparsetrain import Trainer
-        try:
-            Trainer.resume({str(forged)!r})
-        except ValueError as error:
-            print(error)
+        for path in {[str(file) for file in forged]!r}:
+            try:
+                Trainer.resume(path)
+            except ValueError as error:
+                print(error)
         status = dict(line.split(":", 1) for line in open("/proc/self/status"))
         print(status["VmHWM"].split()[0])  # of this program alone, unlike getrusage()
     """
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": ENVIRONMENT}
     out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], **options)
-    message, kilobytes = out.stdout.splitlines()
-    assert "which the model" in message and int(kilobytes) < 500_000
+    *messages, kilobytes = out.stdout.splitlines()
+    assert len(messages) == len(HUGE) and all("which the model" in message for message in messages)
+    assert int(kilobytes) < 500_000

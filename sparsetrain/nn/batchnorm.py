@@ -7,6 +7,7 @@ import numpy as np
 
 from sparsetrain import checks
 from sparsetrain._kernels import core
+from sparsetrain.nn import weighted
 from sparsetrain.nn.module import Module, check_input
 from sparsetrain.record import tell
 from sparsetrain.sparse import Parameter
@@ -27,10 +28,10 @@ class BatchNorm2d(Module):
         self.num_features = checks.integer("num_features", num_features, low=1)
         self.eps = checks.number("eps", eps, low=0)
         self.momentum = checks.number("momentum", momentum, low=0, high=1)
-        self.weight = Parameter(np.ones(num_features, np.float32))
-        self.bias = Parameter(np.zeros(num_features, np.float32))
-        self.running_mean = np.zeros(num_features, np.float32)
-        self.running_var = np.ones(num_features, np.float32)
+        self.weight = Parameter(weighted.constant(num_features, 1))
+        self.bias = Parameter(weighted.constant(num_features, 0))
+        self.running_mean = weighted.constant(num_features, 0)
+        self.running_var = weighted.constant(num_features, 1)
         self.num_batches_tracked = np.array(0)
 
     def check(self, x, add=None):

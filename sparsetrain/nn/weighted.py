@@ -1,4 +1,4 @@
-"""What convolutions and linear layers have in common."""
+"""How layers get their first values, and what convolutions and linear layers have in common."""
 
 import math
 from contextlib import contextmanager
@@ -8,15 +8,16 @@ import numpy as np
 from sparsetrain import ops, rng
 from sparsetrain.sparse import Parameter
 
-_blank = False  # whether new weights are zero
+_blank = None  # the dtype of new layers whose values are zero
 
 
 @contextmanager
-def blank():
-    """Within it, new layers have weights of zero and draw no random numbers: for those that get others at once. Memory
-    that nobody writes to costs nothing, so that a large layer whose weights turn out few is no burden."""
+def blank(dtype):
+    """Within it, new layers have values of zero, of this dtype, and draw no random numbers: for those that get others
+    at once. Memory that nobody writes to costs nothing, so that a large layer whose weights turn out few is no burden.
+    """
     global _blank
-    before, _blank = _blank, True
+    before, _blank = _blank, dtype
     try:
         yield
     finally:
@@ -25,10 +26,15 @@ def blank():
 
 def uniform(shape, fan_in):
     """A float32 Parameter uniform within +-1 / sqrt(fan_in), PyTorch's default for weights and biases."""
-    if _blank:
-        return Parameter(np.zeros(shape, np.float32))
+    if _blank is not None:
+        return Parameter(np.zeros(shape, _blank))
     bound = 1 / math.sqrt(fan_in) if fan_in else 0
     return Parameter(rng.generator().uniform(-bound, bound, shape).astype("float32"))
+
+
+def constant(count, value):
+    """A float32 array of so many times the value."""
+    return np.full(count, value, np.float32) if _blank is None else np.zeros(count, _blank)
 
 
 def run(layer, x, geometry, halo, relu):

@@ -98,7 +98,7 @@ def resume(trainer_class, path, model, optimizer, settings):
             settings["loss"] = _known(nn, meta["loss"], None)
         settings.setdefault("label_smoothing", meta["label_smoothing"])
         if model is None:
-            with blank():
+            with blank(np.result_type(*{arrays[f"parameter/{name}/data"].dtype for name in meta["shapes"]})):
                 model = build(meta["model"])
         parameters = _parameters(meta, arrays, model)
         buffers = _buffers(arrays, model)
