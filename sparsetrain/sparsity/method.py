@@ -1,6 +1,7 @@
 """What all methods have in common that change which weights exist: where, when, how much, and what they report."""
 
 import math
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -156,25 +157,26 @@ class Method:
         """{name: number or array}: with it, and the model's own structure, a run goes on as if not interrupted."""
         state = {"step": self.step}
         for layer in self.layers:
-            state[f"{layer.name}/explored"] = layer.explored.copy()
+            state[f"{layer.name}/explored"] = np.frombuffer(zlib.compress(layer.explored), np.uint8)
             state[f"{layer.name}/changed"] = np.array([layer.dropped, layer.grown])
         return state
 
     def load_state_dict(self, state):
         """Take what state_dict() gave; ValueError, and nothing changed, if it is of other layers."""
-        wanted = self.state_dict()
-        if set(state) != set(wanted):
-            other = sorted(set(state) ^ set(wanted))[0]
+        wanted = {"step"} | {f"{layer.name}/{key}" for layer in self.layers for key in ("explored", "changed")}
+        if set(state) != wanted:
+            other = sorted(set(state) ^ wanted)[0]
             raise ValueError(f"the state does not fit the layers {', '.join(la.name for la in self.layers)}: {other!r}")
+        step, found = checks.integer("step", state["step"], low=0), []
         for layer in self.layers:
-            if np.shape(state[f"{layer.name}/explored"]) != layer.explored.shape:
-                raise ValueError(
-                    f"the state of layer {layer.name} is of {8 * np.size(state[f'{layer.name}/explored'])} weights"
-                )
-        self.step = int(state["step"])
-        for layer in self.layers:
-            layer.explored = np.array(state[f"{layer.name}/explored"], np.uint8)
-            layer.dropped, layer.grown = (int(n) for n in state[f"{layer.name}/changed"])
+            changed = state[f"{layer.name}/changed"]
+            if np.shape(changed) != (2,):
+                raise ValueError(f"{layer.name}/changed has shape {np.shape(changed)}, must be two counts")
+            counts = (checks.integer(f"{layer.name}/changed", n, low=0) for n in changed)
+            found.append((_inflated(layer, state[f"{layer.name}/explored"]), *counts))
+        self.step = step
+        for layer, values in zip(self.layers, found, strict=True):
+            layer.explored, layer.dropped, layer.grown = values
 
 
 @dataclass
@@ -223,6 +225,19 @@ class Timed(Method):
     def progress(self):
         """From 0 at start to 1 at stop."""
         return (self.now() - self.start) / (self.stop - self.start) if self.stop > self.start else 1.0
+
+
+def _inflated(layer, compressed):
+    """The `explored` of a layer from state_dict(); ValueError if it is not one of as many weights."""
+    size = len(layer.explored)
+    inflate = zlib.decompressobj()
+    try:
+        found = inflate.decompress(compressed, size + 1)
+    except zlib.error as error:
+        raise ValueError(f"{layer.name}/explored cannot be decompressed: {error}") from None
+    if len(found) != size or not inflate.eof:
+        raise ValueError(f"{layer.name}/explored is not of {layer.size} weights")
+    return np.frombuffer(bytearray(found), np.uint8)
 
 
 class Layer:

@@ -51,8 +51,9 @@ class NM(Timed):
                 raise ValueError(f"layer {layer.name} {why}")
         if begin and self.stop == 0:
             self.update()
-        for layer in self.layers:
-            layer.note()
+        if begin:
+            for layer in self.layers:
+                layer.note()
         return self
 
     def mask(self, values):

@@ -23,7 +23,7 @@ from sparsetrain.sparse import Parameter, SparseParameter
 from sparsetrain.train.history import History
 from sparsetrain.version import VERSION
 
-FORMAT = 2
+FORMAT = 3
 MOST_DENSE, SMALL = 800, 1 << 29  # bytes that read_state() makes dense for one in the file, unless they are few
 METHODS = {"backprop": backprop, "sparsity": sparsity}  # what a Trainer takes, and where its classes are
 

@@ -294,8 +294,8 @@ def test_safetensors_with_a_forged_header(tmp_path, tensors):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "5", "{}", '{"format": 99}', '{"format": 2}', '{"format": 2, "shapes": 5}',
-             '{"format": 2, "shapes": {"a": 5}}', '{"format": 2, "shapes": {"a": [2]}}', "[" * 100000],
+    "text", ["", "{", "[]", "5", "{}", '{"format": 99}', '{"format": 3}', '{"format": 3, "shapes": 5}',
+             '{"format": 3, "shapes": {"a": 5}}', '{"format": 3, "shapes": {"a": [2]}}', "[" * 100000],
     ids=lambda text: text[:40],
 )  # fmt: skip
 def test_checkpoints_with_forged_metadata(tmp_path, text):

@@ -444,7 +444,13 @@ def test_state_dict_brings_everything_back(net):
         (lambda state: state.pop("step"), "the state does not fit the layers 0, 4.body.0.*: 'step'"),
         (lambda state: state.update({"99/explored": 0}), "99/explored"),
         (lambda state: state.pop("10/changed"), "10/changed"),
-        (lambda state: state.update({"10/explored": np.zeros(3, np.uint8)}), "the state of layer 10 is of 24 weights"),
+        (lambda state: state.update({"10/explored": np.zeros(3, np.uint8)}), "10/explored cannot be decompressed"),
+        (lambda state: state.update({"10/explored": state["0/explored"]}), "10/explored is not of 84 weights"),
+        (lambda state: state.update({"10/explored": state["10/explored"][:-4]}), "10/explored is not of 84 weights"),
+        (lambda state: state.update({"10/explored": np.full(9, np.nan)}), "10/explored cannot be decompressed"),
+        (lambda state: state.update({"10/changed": np.zeros(3, int)}), r"10/changed has shape \(3,\)"),
+        (lambda state: state.update({"10/changed": np.array([3, -1])}), "10/changed is -1"),
+        (lambda state: state.update({"step": -5}), "step is -5"),
     ],
 )
 def test_state_of_other_layers(net, change, match):
