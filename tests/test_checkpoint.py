@@ -236,7 +236,7 @@ def test_what_a_method_has_explored_is_small(tmp_path, share):
     """Three bytes a weight that existed at some time, at most, and little where all did."""
     path = tmp_path / "run.safetensors"
     plain = size(path, share)
-    for method in (sparsity.Static(share), sparsity.RigL(share, stop=9), sparsity.Magnitude(share)):
+    for method in (sparsity.Static(share), sparsity.RigL(share, stop=9, every=3), sparsity.Magnitude(share)):
         assert size(path, method=method) < plain + 3e6 * (1 - share) + 2000
 
 
@@ -251,6 +251,11 @@ def whole(tmp_path_factory):
     run.fit(images(), 1)
     run.save(path)
     return path, path.read_bytes()
+
+
+def packed(meta, arrays):
+    """The contents of a file, with a list of tensors that agrees."""
+    return safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta | {"tensors": sorted(arrays)})})
 
 
 def check(path, contents):
@@ -299,7 +304,7 @@ def test_changed_metadata(whole, draw):
             break
     holder, key = places[-1]
     holder[key] = draw.draw(values)
-    check(path, safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    check(path, packed(meta, arrays))
 
 
 @quick
@@ -322,7 +327,7 @@ def test_changed_arrays(whole, draw):
     elif array.size:
         array.reshape(-1)[draw.draw(hs.integers(0, array.size - 1))] = draw.draw(hs.sampled_from([0, 1, 100]))
         arrays[name] = array
-    check(path, safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    check(path, packed(meta, arrays))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +342,19 @@ def test_changed_arrays(whole, draw):
         (lambda m, a: a["parameter/6.weight/indices"].__setitem__(0, 10**6), "parameter/6.weight: indices reach"),
         (lambda m, a: a["parameter/6.weight/indices"].__setitem__(1, a["parameter/6.weight/indices"][0]), "ascend"),
         (lambda m, a: a["parameter/6.weight/indptr"].__setitem__(1, 10**6), "6.weight: indptr"),
-        (lambda m, a: m.update({"step": float("nan")}), "NaN"),
+        (lambda m, a: m.update({"step": float("nan")}), "step is nan"),
+        (lambda m, a: m.update({"epoch": 1.5}), "epoch is 1.5"),
+        (lambda m, a: m.update({"batch": 10**30}), "batch is 1000"),
+        (lambda m, a: m.update({"batch": 1, "paused": {"foo": 1}}), "paused is {'foo': 1}, must have images"),
+        (lambda m, a: m.update({"batch": 1, "paused": None}), "paused is None"),
+        (lambda m, a: m.update({"batch": 1}) or m["paused"].update({"images": "many"}), "paused images is 'many'"),
+        (lambda m, a: m["history"].append({"epoch": 2}), "a row of its history lacks step"),
+        (lambda m, a: m.update({"label_smoothing": "much"}), "label_smoothing is 'much'"),
+        (lambda m, a: m["optimizer"]["steps"].append(1), "it has the steps of 8 parameters"),
+        (lambda m, a: m["optimizer"]["steps"].__setitem__(0, 10**400), "steps is 1000"),
+        (lambda m, a: a.update({"buffer/1.running_mean": np.zeros(8)}), "1.running_mean is float64"),
+        (lambda m, a: a.update({"sparsity/step": np.array(-5)}), "step is -5"),
+        (lambda m, a: a.update({"sparsity/0/explored": np.full(9, np.nan)}), "0/explored cannot be"),
         (lambda m, a: a.update({"sparsity/6/changed": np.zeros(3, int)}), r"6/changed has shape \(3,\)"),
     ],
 )
@@ -347,7 +364,7 @@ def test_what_a_forged_file_is_told(whole, change, message):
     arrays = {name: array.copy() for name, array in arrays.items()}
     change(meta, arrays)
     forged = path.with_name("forged.safetensors")
-    forged.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    forged.write_bytes(packed(meta, arrays))
     model = network()
     before = model.state_dict()
     with pytest.raises(ValueError, match=f"forged.safetensors.*{message}"):
@@ -357,6 +374,26 @@ def test_what_a_forged_file_is_told(whole, change, message):
             Trainer.resume(forged, model, optim.SGD([model.parameters()[0]], lr=0.1))
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.pop("slot/0.weight/momentum"), "lacks tensor slot/0.weight/momentum"),
+        (lambda a: a.update({"junk/x": np.zeros(3)}), "has tensor junk/x"),
+    ],
+)
+def test_tensors_that_come_or_go(whole, change, message):
+    """An optimiser would take a slot that lacks for one that is new."""
+    path, _ = whole
+    with safetensors.safe_open(path, framework="np") as file:
+        meta, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(arrays)
+    forged = path.with_name("forged.safetensors")
+    safetensors.numpy.save_file(arrays, forged, meta)
+    for read in (Trainer.resume, checkpoint.read_state):
+        with pytest.raises(ValueError, match=f"forged.safetensors: it {message}, which its list"):
+            read(forged)
 
 
 def test_a_method_that_cannot_begin_changes_nothing(tmp_path):
@@ -409,7 +446,7 @@ def test_a_small_file_does_not_ask_for_much_memory(whole, tmp_path, dtype):
     forged = [tmp_path / f"{i}.safetensors" for i in range(len(HUGE))]
     for layer, file in zip(HUGE, forged, strict=True):
         meta["model"] = {"class": "Sequential", "layers": [layer]}
-        file.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+        file.write_bytes(packed(meta, arrays))
     code = f"""
         from sparsetrain import Trainer
         for path in {[str(file) for file in forged]!r}:

@@ -1,5 +1,7 @@
 """FreeTickets: what is taken, what is predicted with it, and that the run does not notice."""
 
+import json
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -256,6 +258,7 @@ def damage(path, change):
     with safetensors.safe_open(path, framework="np") as file:
         meta, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     change(arrays)
+    meta["sparsetrain"] = json.dumps(json.loads(meta["sparsetrain"]) | {"tensors": sorted(arrays)})
     safetensors.numpy.save_file(arrays, path, meta)
 
 

@@ -3,24 +3,25 @@
 Tensors: "parameter/<name>/data", for a sparse one also "/indptr" and "/indices", of nnz values, so removed weights are
 not there; "slot/<name>/<slot>"; "buffer/<name>"; "backprop/<layer>/<name>" and "sparsity/<layer>/<name>", the methods';
 "callback/<class>-<number>/<name>", of callbacks that have a state.
-The rest is JSON in the metadata's "sparsetrain": how to build model, optimiser and methods again, counters, history,
-generator state, version.
+The rest is JSON in the metadata's "sparsetrain": the names of all tensors, how to build model, optimiser and methods
+again, counters, history, generator state, version.
 """
 
 import dataclasses
 import inspect
 import json
 import math
+import sys
 from contextlib import contextmanager
 
 import numpy as np
 import safetensors.numpy
 
-from sparsetrain import backprop, nn, optim, rng, sparsity
+from sparsetrain import backprop, checks, nn, optim, rng, sparsity
 from sparsetrain.files import replacing
 from sparsetrain.nn.weighted import blank
 from sparsetrain.sparse import Parameter, SparseParameter
-from sparsetrain.train.history import History
+from sparsetrain.train.history import COLUMNS, History
 from sparsetrain.version import VERSION
 
 FORMAT = 3
@@ -30,6 +31,13 @@ METHODS = {"backprop": backprop, "sparsity": sparsity}  # what a Trainer takes, 
 
 def save(trainer, path):
     """Write the trainer's run to path, replacing it as a whole. See Trainer.save."""
+    written = contents(trainer)
+    with replacing(path, "wb") as file:
+        file.write(written)
+
+
+def contents(trainer):
+    """The bytes of the file that save() writes; a trainer that was resumed from a file has that file's again."""
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     optimizer = trainer.optimizer
     for name, parameter in zip(optimizer.names, optimizer.params, strict=True):
@@ -71,8 +79,7 @@ def save(trainer, path):
     for name, callback in _named(trainer.callbacks):
         arrays |= {f"callback/{name}/{key}": value for key, value in callback.state_dict().items()}
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    with replacing(path, "wb") as file:
-        file.write(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
+    return safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta | {"tensors": sorted(arrays)})})
 
 
 def resume(trainer_class, path, model, optimizer, settings):
@@ -96,7 +103,8 @@ def resume(trainer_class, path, model, optimizer, settings):
                 settings[kind] = _known(module, method["class"], module.Method)(**method["settings"])
         if "loss" not in settings:
             settings["loss"] = _known(nn, meta["loss"], None)
-        settings.setdefault("label_smoothing", meta["label_smoothing"])
+        smoothing = checks.number("label_smoothing", meta["label_smoothing"], low=0.0, high=1.0)
+        settings.setdefault("label_smoothing", smoothing)
         if model is None:
             with blank(np.result_type(*{arrays[f"parameter/{name}/data"].dtype for name in meta["shapes"]})):
                 model = build(meta["model"])
@@ -107,11 +115,16 @@ def resume(trainer_class, path, model, optimizer, settings):
             optimizer = _build_optimizer(meta["optimizer"], parameters)
         else:
             _check_optimizer(meta["optimizer"], optimizer, model)
-        counters = [int(meta[name]) for name in ("step", "epoch", "batch")]
-        steps = [int(n) for n in meta["optimizer"]["steps"]]
-        if min(counters + steps) < 0 or len(steps) != len(names):
-            raise ValueError(f"counters {counters} and steps of {len(steps)} parameters cannot be")
+        counters = [_count(name, meta[name]) for name in ("step", "epoch", "batch")]
+        steps = [_count("a parameter's steps", n) for n in meta["optimizer"]["steps"]]
+        if len(steps) != len(names):
+            raise ValueError(f"it has the steps of {len(steps)} parameters, its optimiser holds {len(names)}")
         history, paused = History([dict(row) for row in meta["history"]]), meta["paused"]
+        lacking = [column for row in history for column in COLUMNS if column not in row]
+        if lacking:
+            raise ValueError(f"a row of its history lacks {lacking[0]}")
+        if meta["batch"]:
+            _check_paused(paused)
     weights, generator = settings.pop("sparsity", None), rng.generator().bit_generator
     trainer = trainer_class(model, optimizer, **settings)
     before, random = dict(model.named_parameters()), generator.state
@@ -162,6 +175,21 @@ def _sound(path):
         raise ValueError(f"{path} is not a sound checkpoint: {type(error).__name__}: {error}") from error
 
 
+def _count(name, value):
+    return checks.integer(name, value, low=0, high=sys.maxsize)
+
+
+def _check_paused(state):
+    """ValueError or TypeError unless `state` is that of an epoch's Means after at least a batch."""
+    if not isinstance(state, dict) or state.keys() != {"images", "loss", "correct", "time_s"}:
+        raise ValueError(f"paused is {state!r:.80}, must have images, loss, correct and time_s of the batches done")
+    _count("paused images", state["images"])
+    checks.number("paused loss", state["loss"])
+    checks.number("paused time_s", state["time_s"], low=0.0)
+    if state["correct"] is not None:
+        _count("paused correct", state["correct"])
+
+
 def _known(module, name, base):
     """What a module exports by this name; ValueError if that is no function or, with base, no subclass of it."""
     found = getattr(module, name) if isinstance(name, str) and name in module.__all__ else None
@@ -188,6 +216,8 @@ def read(path):
         raise ValueError(f"{path} is not a checkpoint of sparsetrain, or is damaged ({error})") from error
     if version != FORMAT:
         raise ValueError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
+    with _sound(path):
+        _same_names("tensor", arrays, dict.fromkeys(meta["tensors"]), "its list of tensors")
     return meta, arrays
 
 
@@ -315,18 +345,19 @@ def _buffers(arrays, model):
     present = dict(model.named_buffers())
     _same_names("buffer", saved, present)
     for name, array in saved.items():
-        if array.shape != present[name].shape:
-            raise ValueError(f"{name} has shape {array.shape}, the model's has {present[name].shape}")
+        wanted = present[name]
+        if (array.dtype, array.shape) != (wanted.dtype, wanted.shape):
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, the model's is {wanted.dtype} {wanted.shape}")
     return saved
 
 
-def _same_names(what, saved, present):
+def _same_names(what, saved, present, holder="the model"):
     missing = [name for name in present if name not in saved]
     unexpected = [name for name in saved if name not in present]
     if missing:
-        raise ValueError(f"it lacks {what} {missing[0]}, which the model has")
+        raise ValueError(f"it lacks {what} {missing[0]}, which {holder} has")
     if unexpected:
-        raise ValueError(f"it has {what} {unexpected[0]}, which the model lacks")
+        raise ValueError(f"it has {what} {unexpected[0]}, which {holder} lacks")
 
 
 def _build_optimizer(saved, parameters):

@@ -294,8 +294,10 @@ def test_safetensors_with_a_forged_header(tmp_path, tensors):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "5", "{}", '{"format": 99}', '{"format": 3}', '{"format": 3, "shapes": 5}',
-             '{"format": 3, "shapes": {"a": 5}}', '{"format": 3, "shapes": {"a": [2]}}', "[" * 100000],
+    "text", ["", "{", "[]", "5", "{}", '{"format": 99}', '{"format": 3}', '{"format": 3, "tensors": 5}',
+             '{"format": 3, "tensors": ["x"]}', '{"format": 3, "tensors": ["x"], "shapes": 5}',
+             '{"format": 3, "tensors": ["x"], "shapes": {"a": 5}}',
+             '{"format": 3, "tensors": ["x"], "shapes": {"a": [2]}}', "[" * 100000],
     ids=lambda text: text[:40],
 )  # fmt: skip
 def test_checkpoints_with_forged_metadata(tmp_path, text):
@@ -309,6 +311,7 @@ def test_a_checkpoint_with_a_huge_shape_and_few_weights(tmp_path):
     name = "13.weight"
     rows = 46_000
     meta["shapes"][name] = [rows, rows]  # 8.5 GB
+    meta["tensors"] += [f"parameter/{name}/{part}" for part in ("indices", "indptr")]
     found[f"parameter/{name}/data"] = np.ones(2, np.float32)
     found[f"parameter/{name}/indices"] = np.array([0, 7], np.int32)
     found[f"parameter/{name}/indptr"] = np.array([0] + [2] * rows, np.int32)
@@ -328,7 +331,8 @@ def few_weights(path, tensors, shape, nnz, dtype=np.float32):
     indices = np.linspace(0, shape[1] - 1, nnz).astype(np.int32)
     parts = {"data": np.ones(nnz, dtype), "indices": indices, "indptr": np.array([0, nnz], np.int32)}
     arrays = {f"parameter/{i}/{part}": array for i in range(tensors) for part, array in parts.items()}
-    meta = {"format": checkpoint.FORMAT, "shapes": {str(i): shape for i in range(tensors)}}
+    shapes = {str(i): shape for i in range(tensors)}
+    meta = {"format": checkpoint.FORMAT, "tensors": list(arrays), "shapes": shapes}
     path.write_bytes(safetensors.numpy.save(arrays, {"sparsetrain": json.dumps(meta)}))
     return path
 
