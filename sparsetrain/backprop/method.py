@@ -235,10 +235,13 @@ class Layer:
         return {"passes": self.passes, **density, **report, **state}
 
     def set_state(self, saved):
-        self.passes = int(saved.get("passes", 0))
-        self.density = float(saved["density"]) if "density" in saved else None
+        self.passes = checks.integer(f"{self.name}/passes", saved.get("passes", 0), low=0)
+        density = saved.get("density")
+        self.density = density if density is None else checks.number(f"{self.name}/density", density, low=0.0, high=1.0)
         self._start_report()
         if "report" in saved:
+            if np.ndim(saved["report"]) != 1 or len(saved["report"]) < 5 or not np.isfinite(saved["report"]).all():
+                raise ValueError(f"{self.name}/report is {saved['report']}, must be five finite numbers and angles")
             self._ms, *counts = (float(n) for n in saved["report"][:5])
             self._used, self._values, self._clipped, self._passes = map(int, counts)
             self._angles = [float(angle) for angle in saved["report"][5:]]
