@@ -199,6 +199,60 @@ def test_the_last_k_are_kept(tmp_path):
     assert [checkpoint.read(tmp_path / name)[0]["epoch"] for name in names] == [4, 3, 2]
 
 
+@pytest.mark.parametrize("weights, gradients", [("none", "exact"), ("rigl", "dithered"), ("n:m", "mem-aop")])
+def test_the_last_k_are_of_different_states(tmp_path, weights, gradients):
+    """A run that goes on, resumed or in another fit(), has its state in the file already."""
+    path, older = tmp_path / "run.safetensors", tmp_path / "run-1.safetensors"
+
+    def kept():
+        return [checkpoint.read(p)[0]["step"] for p in (path, older)]
+
+    run = trainer(weights, gradients, [Checkpoint(path, keep=2)])
+    with pytest.raises(Killed):
+        run.callbacks.append(KillAfter(tmp_path / "half.safetensors", STEPS + 2))
+        run.fit(images(), 3)
+    assert kept() == [STEPS, 0]
+    for _ in range(2):
+        st.manual_seed(77)
+        run = Trainer.resume(path, callbacks=[Checkpoint(path, keep=2)])
+        run._call("on_fit_begin", 1)
+        assert kept() == [STEPS, 0]
+    for epoch in (1, 2):
+        run.fit(images(), 1)
+        assert kept() == [(epoch + 1) * STEPS, epoch * STEPS]
+    # One that was saved elsewhere has another state.
+    Trainer.resume(tmp_path / "half.safetensors", callbacks=[Checkpoint(path, keep=2)])._call("on_fit_begin", 1)
+    assert kept() == [STEPS + 2, 3 * STEPS]
+
+
+def test_saves_that_fail_leave_the_last_k(tmp_path, monkeypatch):
+    run = trainer(callbacks=[Checkpoint(tmp_path / "run.safetensors", keep=3)])
+    run.fit(images(), 3)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                run.fit(images(), 1)
+            assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    run.fit(images(), 1)
+    steps = [checkpoint.read(tmp_path / name)[0]["step"] for name in sorted(before)]
+    assert steps == [4 * STEPS, 3 * STEPS, 5 * STEPS]  # run-1, run-2, run
+
+
+def test_checkpoints_are_kept_where_no_file_can_have_two_names(tmp_path, monkeypatch):
+    def refused(*names):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    trainer(callbacks=[Checkpoint(tmp_path / "run.safetensors", keep=2)]).fit(images(), 2)
+    assert checkpoint.read(tmp_path / "run-1.safetensors")[0]["epoch"] == 1
+
+
 def test_a_full_disk_leaves_the_file_before(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     run = trainer()

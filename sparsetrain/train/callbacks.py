@@ -1,6 +1,5 @@
 """What happens around the training loop: progress, log, checkpoints, early stopping."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sparsetrain import checks
+from sparsetrain.files import replacing
+from sparsetrain.train import checkpoint
 
 MONITORS = ("loss", "accuracy", "val_loss", "val_accuracy")
 
@@ -109,7 +110,8 @@ class CSVLog(Callback):
 
 
 class Checkpoint(Callback):
-    """Saves the run: before the first epoch and after every so many, or after each best epoch.
+    """Saves the run: before the first epoch, unless path has just that, and after every so many, or after each best
+    epoch.
 
     best: None, or the column whose best value so far an epoch must reach to be saved. steps: also save after every so
     many steps. keep: how many files, the one at path and those it replaced: <name>-1.<suffix> is the last but one.
@@ -125,7 +127,7 @@ class Checkpoint(Callback):
         self.keep = checks.integer("keep", keep, low=1)
 
     def on_fit_begin(self, trainer, epochs):
-        if self.best is None:
+        if self.best is None and not self._is_saved(trainer):
             self._save(trainer)
 
     def on_batch_end(self, trainer, mean):
@@ -140,14 +142,21 @@ class Checkpoint(Callback):
         if due:
             self._save(trainer)
 
+    def _is_saved(self, trainer):
+        """Whether path has this very state, as after Trainer.resume(path) or between two calls of fit()."""
+        return self.path.exists() and self.path.read_bytes() == checkpoint.contents(trainer)
+
     def _save(self, trainer):
-        if self.keep > 1 and self.path.exists():
+        if self.keep == 1 or not self.path.exists():
+            trainer.save(self.path)
+            return
+        with replacing(self._older(1), "wb") as last:
+            with open(self.path, "rb") as file:
+                shutil.copyfileobj(file, last)  # path itself is there all the time
+            trainer.save(self.path)
             for i in range(self.keep - 1, 1, -1):
                 if self._older(i - 1).exists():
                     self._older(i - 1).replace(self._older(i))
-            self._older(1).unlink(missing_ok=True)
-            os.link(self.path, self._older(1))  # path itself is there all the time
-        trainer.save(self.path)
 
     def _older(self, i):
         return self.path.with_stem(f"{self.path.stem}-{i}")
