@@ -31,7 +31,10 @@ def replacing(path, mode="w"):
 
 
 def _remove_stale(path):
-    """Remove the temporary files beside path of processes that were killed while they wrote to it."""
+    """Remove the temporary files beside path of processes that were killed while they wrote to it, where the system
+    says which processes there are."""
+    if not os.path.exists("/proc/self"):
+        return
     prefix = f".{path.name}."
     for file in path.parent.glob(f"{glob.escape(prefix)}*"):
         pid = file.name.removeprefix(prefix)

@@ -1,9 +1,11 @@
-"""Dithered backprop: accuracy, zeros and time over the step s, and the variance of averaged gradients.
+"""Dithered backprop: accuracy, zeros and time over the step s, the variance of averaged gradients, and the noise in
+each layer.
 
 Source of the claims: Wiedemann et al., arXiv 2004.04729: 92 % zeros on average "at no or negligible accuracy drop";
 gradients of N nodes may be averaged, which divides their variance by N. Nets and training are those of common.py.
 """
 
+import itertools
 import math
 from dataclasses import asdict
 
@@ -17,6 +19,9 @@ STEPS = (0.5, 1.0, 2.0, 4.0, 8.0)
 TARGET = 0.92
 NEGLIGIBLE = 0.5  # points of accuracy; the paper gives no number
 NODES, DRAWS = (1, 2, 4, 8, 16), 256
+NOISE = ("lenet5", "small-cnn", "resnet20")
+# Steps of training before it is measured, passes until s holds the target, and passes that are measured
+NOISE_STEPS, SETTLING, NOISE_DRAWS = 150, 12, 16
 METHODS = {
     "exact": lambda seed, model: None,
     **{f"s={s:g}": lambda seed, model, s=s: backprop.Dithered(s=s, seed=seed) for s in STEPS},
@@ -40,6 +45,10 @@ def main():
     variances = [record for record in variances if record is not None]
     if variances:
         print_variance(variances)
+    for model in NOISE:
+        records = [noise(runs, options, model, seed) for seed in options.seeds]
+        if records := [record for record in records if record is not None]:
+            print_noise(model, records)
     draw(options, found, variances)
 
 
@@ -127,6 +136,45 @@ def print_variance(records):
         rows.append([*row, "reproduced" if off <= 4 else "NOT REPRODUCED"])
     print("\nLeNet-5: squared error of N averaged weight gradients, times N, relative to N = 1")
     print(bench.table(["weight", *(f"N = {n}" for n in NODES), "variance 1/N"], rows))
+
+
+# ---- noise by layer
+
+
+def noise(runs, options, model, seed):
+    """Record of each layer's squared error of the weight gradient, relative to the exact one's square, with 92 % zeros
+    in all layers."""
+    how = common.recipe(options, model)
+    steps = 2 if options.quick else NOISE_STEPS
+    settings = {"model": model, **asdict(how), "epochs": 1, "seed": seed, "steps": steps, "draws": NOISE_DRAWS}
+    return runs.get(f"{model}/noise/{seed}", settings, lambda: measure_noise(model, how, seed, steps))
+
+
+def measure_noise(model, how, seed, steps):
+    trainer, train, _ = common.trainer(model, how, seed)
+    for x, y in itertools.islice(train, steps):
+        trainer.train_step(x, y)
+    exact = gradient(trainer, x, y)
+    method = backprop.Dithered(sparsity=TARGET, seed=seed).attach(trainer.model)
+    for _ in range(SETTLING):
+        gradient(trainer, x, y)
+    method.report()
+    errors = {name: 0.0 for name in exact}
+    for _ in range(NOISE_DRAWS):
+        for name, used in gradient(trainer, x, y).items():
+            errors[name] += ((used - exact[name]) ** 2).sum() / (exact[name] ** 2).sum() / NOISE_DRAWS
+    return {"zeros": {name: layer["gradient_sparsity"] for name, layer in method.report().items()}, "errors": errors}
+
+
+def print_noise(model, records):
+    """From the last layer, where the gradient comes from, to the first."""
+    rows = []
+    for name in reversed(records[0]["errors"]):
+        values = [record["errors"][name] for record in records]
+        zeros = np.mean([record["zeros"][name.removesuffix(".weight")] for record in records])
+        rows.append([name, f"{100 * zeros:.1f}", f"{np.mean(values):.3g}"])
+    print(f"\n{model}, {TARGET:.0%} zeros held: squared error of the weight gradient over its square")
+    print(bench.table(["weight", "zeros %", "error"], rows))
 
 
 def draw(options, found, variances):
