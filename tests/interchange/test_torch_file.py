@@ -273,6 +273,33 @@ def test_a_view_of_a_storage(tmp_path):
         read_state(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("opcode", [b"\x8d", b"\x8e", b"\x95", b"\x96"], ids=["str", "bytes", "frame", "bytearray"])
+def test_lengths_that_the_file_has_not(tmp_path, opcode):
+    """No memory is asked for what is not there."""
+    (tmp_path / "a.pt").write_bytes(b"\x80\x05" + opcode + (1 << 62).to_bytes(8, "little") + b"xx.")
+    with pytest.raises(ValueError, match="a.pt") as caught:
+        read_state(tmp_path / "a.pt")
+    assert "MemoryError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("opcodes", [b"\x96" + bytes(8), b"\x8f", b"(\x91"], ids=["bytearray", "set", "frozenset"])
+def test_what_no_state_dict_holds(tmp_path, opcodes):
+    write_archive(tmp_path / "a.pt", {"a": Raw(opcodes)}, {})
+    with pytest.raises(ValueError, match="a.pt.*it holds a bytearray or a set"):
+        read_state(tmp_path / "a.pt")
+
+
+def test_archives_whose_parts_overlap(tmp_path):
+    """Each entry of the archive's index names the same bytes of the file."""
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled({}))
+        archive.writestr("archive/data/0", bytes(1 << 20))
+        archive.filelist += archive.filelist[-1:] * 50
+    with pytest.raises(ValueError, match="a.pt.*its parts overlap"):
+        read_state(path)
+
+
 # ---- files of another kind
 
 
@@ -429,6 +456,24 @@ def transposed(path):
                    {"0": bytes(5000**2)})  # fmt: skip
 
 
+def a_bytearray(path):
+    """Of half a gigabyte, it says; it has none of it."""
+    path.write_bytes(b"\x80\x05\x96" + (1 << 29).to_bytes(8, "little") + b"xx.")
+
+
+def the_same_pairs(path):
+    """200 dicts of the same 50,000 pairs."""
+    pairs = b"](" + b"".join(b"J%sN\x86" % i.to_bytes(4, "little") for i in range(50_000)) + b"e"
+    again = named("collections", "OrderedDict") + b"q\x010](" + b"h\x01h\x00\x85R" * 200 + b"e"
+    write_archive(path, Raw(pairs + b"q\x000" + again), {})
+
+
+def a_name_of_lists(path):
+    """Lists of the list before, twice: too long to be shown."""
+    lists = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(25))
+    write_archive(path, Raw(b"(" + lists + dump("x") + b"tQ"), {})
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks Linux for the memory of a process")
 @pytest.mark.parametrize(
     "make",
@@ -436,6 +481,9 @@ def transposed(path):
         memo,
         same_storage,
         transposed,
+        a_bytearray,
+        the_same_pairs,
+        a_name_of_lists,
     ],
 )
 def test_memory_is_in_proportion_to_the_file(tmp_path, make):
