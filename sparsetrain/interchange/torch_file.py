@@ -51,6 +51,9 @@ def _archive(archive, size):
     if sum(info.file_size for info in archive.infolist()) > size:
         raise ValueError("its parts overlap")
     folder = main.partition("/")[0]
+    order = archive.read(f"{folder}/byteorder") if f"{folder}/byteorder" in names else b"little"
+    if order != b"little":
+        raise ValueError(f"its byteorder is {order[:20]!r}, must be b'little'")
 
     found = {}
 
@@ -147,7 +150,9 @@ class _Reader(pickle._Unpickler):
         if self.room < 0:
             raise ValueError("its tensors and dicts would take many times as much memory as the file")
 
-    def tensor(self, storage, offset, size, stride, *_):
+    def tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+        if metadata:
+            raise ValueError(f"a tensor is marked {reprlib.repr(metadata)}: only plain ones can be read")
         size, stride = tuple(map(int, size)), tuple(map(int, stride))
         if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
             raise ValueError(f"a tensor has size {size}, stride {stride} and offset {offset}")

@@ -99,6 +99,32 @@ def test_other_makers_of_tensors(tmp_path):
     assert_same(read_state(tmp_path / "a.pt"), {"a": values, "b": values})
 
 
+def test_other_marks_of_tensors(tmp_path):
+    """A negated tensor is one whose values in the file have the other sign."""
+    make, hooks = named("torch._utils", "_rebuild_tensor_v2"), call(named("collections", "OrderedDict"))
+    for metadata in (None, {}, {"neg": True}, {"conj": True}):
+        value = call(make, storage("FloatStorage", "0", 2), 0, (2,), (1,), False, hooks, metadata)
+        write_archive(tmp_path / "a.pt", {"a": value}, {"0": np.ones(2, np.float32)})
+        if not metadata:
+            assert_same(read_state(tmp_path / "a.pt"), {"a": np.ones(2, np.float32)})
+        else:
+            with pytest.raises(ValueError, match=f"a.pt.*a tensor is marked {metadata}: only plain ones"):
+                read_state(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("order", ["little", "big", "middle", ""])
+def test_the_order_of_bytes(tmp_path, order):
+    path = tmp_path / "a.pt"
+    write_state(path, arrays())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/byteorder", order)
+    if order == "little":
+        assert_same(torch_file.read(path), arrays())
+    else:
+        with pytest.raises(ValueError, match=f"a.pt.*its byteorder is b'{order}', must be b'little'"):
+            torch_file.read(path)
+
+
 def test_plain_values(tmp_path):
     plain = {"epoch": 3, "best": 0.5, "name": "net", "done": True, "none": None, "list": [1, (2, "x")]}
     write_archive(tmp_path / "a.pt", plain, {})
