@@ -51,7 +51,7 @@ def keras_net(x, state):
     return y @ state["second/kernel"] + state["second/bias"]
 
 
-@pytest.mark.parametrize("flattened", [{"first": (4, 5, 6)}, {"first": [4, 5, 6], "absent": (1, 1, 1)}])
+@pytest.mark.parametrize("flattened", [{"first": (4, 5, 6)}, {"first": [4, 5, 6]}])
 def test_the_same_outputs(flattened):
     state = {
         "conv/kernel": rand(3, 2, 2, 6), "conv/bias": rand(6), "first/kernel": rand(4 * 5 * 6, 8, seed=1),
@@ -76,6 +76,17 @@ def test_what_is_not_known():
     for shape in ((3,), (3, 2, 4), (3, 3, 3, 2, 4)):
         with pytest.raises(ValueError, match=r"conv/kernel has shape .*, must have 2 or 4 axes"):
             from_keras({"conv/kernel": rand(*shape)})
-    with pytest.raises(ValueError):
-        from_keras({"dense/kernel": rand(7, 3)}, {"dense": (2, 2, 2)})
     assert from_keras({}) == {}
+
+
+@pytest.mark.parametrize("image", [(2, 2, 2), (2, 2, 6), (12,), (3, 4), (1, 3, 2, 2), (1, 12, 0), (-1, -3, 4)])
+def test_images_that_a_dense_layer_does_not_read(image):
+    with pytest.raises(ValueError, match=r"flattened\['block.dense'\] is"):
+        from_keras({"block/dense/kernel": rand(12, 3)}, {"block.dense": image})
+
+
+@pytest.mark.parametrize("layer", ["dens", "dense/kernel", "block/dense", "conv"])
+def test_flattened_layers_that_are_not_there(layer):
+    state = {"conv/kernel": rand(2, 2, 3, 1), "block/dense/kernel": rand(12, 3)}
+    with pytest.raises(ValueError, match=f"flattened has '{layer}', which is no dense layer of the state"):
+        from_keras(state, {"block.dense": (2, 2, 3), layer: (2, 2, 3)})
