@@ -1,6 +1,7 @@
 """Weights of other programs by name: reading files of them, and putting them into a model."""
 
 import json
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -70,14 +71,29 @@ def _npz(path):
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(info.file_size for info in archive.infolist())
-        if size > max(SMALL, MOST_INFLATED * os.path.getsize(path)):
-            raise ValueError(f"it would take {size} bytes")
+            if size > max(SMALL, MOST_INFLATED * os.path.getsize(path)):
+                raise ValueError(f"it would take {size} bytes")
+            for info in archive.infolist():
+                with archive.open(info) as file:
+                    _check_npy(info, file)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or forged file can bring zipfile and NumPy to
         raise ValueError(f"{path} is not a .npz file that can be read: {type(error).__name__}: {error}") from error
+
+
+def _check_npy(info, file):
+    """ValueError if an array of a .npz file has fewer bytes than it says, for which NumPy would take memory first."""
+    if file.peek(6)[:6] != np.lib.format.MAGIC_PREFIX:
+        return
+    first = np.lib.format.read_magic(file) == (1, 0)  # (2, 0) and (3, 0) differ in how field names are encoded
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    size = math.prod(shape) * dtype.itemsize
+    if size > info.file_size:
+        raise ValueError(f"{info.filename} says that it has {size} bytes, and has {info.file_size}")
 
 
 def write_state(path, model):

@@ -238,6 +238,15 @@ def test_npz_with_a_forged_header(tmp_path, header):
     error(path)
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_npz_that_has_less_than_it_says(tmp_path, version):
+    """Before memory is taken for it."""
+    path = npy(tmp_path / "a.npz", HEADER.format("<f8", "(1500000000,)"), version=version)
+    assert "a.npy says that it has 12000000000 bytes, and has 1" in error(path)
+    path = npy(path, HEADER.format("<f4", "(3, 4)"), version=version)
+    assert_same(read_state(path), {"a": np.zeros((3, 4), np.float32)})
+
+
 def test_npz_that_holds_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("a.txt", b"hello")
