@@ -135,12 +135,23 @@ def load_state(model, state, names=None, head="keep"):
             raise ValueError(f"the state has {name}, which the model lacks")
         if array.shape != ours[name].shape:
             raise ValueError(f"{name} has shape {array.shape}, the model's has {ours[name].shape}")
-        found[name] = np.asarray(array, ours[name].dtype)
+        found[name] = _converted(name, array, ours[name].dtype)
     lacking = [name for name in ours if name not in state and name not in kept and not _only_counts([name])]
     if lacking:
         raise ValueError(f"the state lacks {lacking[0]}, which the model has")
     model.load_state_dict(found)
     return model
+
+
+def _converted(name, array, dtype):
+    """The array in a dtype, rounded; ValueError if it has no real numbers, or some that are too large."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} has dtype {array.dtype}, must be real numbers")
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            return np.asarray(array, dtype)
+    except FloatingPointError:
+        raise ValueError(f"{name} has {array.dtype} numbers that {dtype} cannot hold") from None
 
 
 def _only_counts(names):
@@ -162,6 +173,10 @@ def _in_order(state, ours, kept):
             if here not in kept and shape != wanted:
                 raise ValueError(f"{there} has shape {shape}; in order it is {here}, which has {wanted}: give names=")
             renamed[here] = state[there]
+    kinds = {name.rpartition(".")[2] for name in ours} | {"num_batches_tracked"}
+    others = [name for name in state if name.rpartition(".")[2] not in kinds]
+    if others:
+        raise ValueError(f"the state has {', '.join(others)}, and the model no arrays of these names: give names=")
     return renamed
 
 

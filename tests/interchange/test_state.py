@@ -472,7 +472,10 @@ def test_arrays_become_the_models_dtype(ours, theirs):
         (lambda s: s.pop("5.weight"), "the state has 3 arrays named weight, the model 4: give names="),
         (lambda s: s.pop("1.running_var"), "0 arrays named running_var"),
         (lambda s: s.clear(), "named weight"),
-        (lambda s: s.update({"7.bias": np.array(["a"] * 5)}), "could not convert"),
+        (lambda s: s.update({"7.bias": np.array(["1"] * 5)}), "7.bias has dtype <U1, must be real numbers"),
+        (lambda s: s.update({"7.bias": np.ones(5, complex)}), "7.bias has dtype complex128, must be real numbers"),
+        (lambda s: s.update({"7.bias": np.full(5, 1e300)}), "7.bias has float64 numbers that float32 cannot"),
+        (lambda s: s.update({"1.num_batches_tracked": np.array(np.inf)}), "numbers that int64 cannot hold"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(change, message):
@@ -489,6 +492,23 @@ def test_errors_in_order_name_both():
     state["fc1.weight"] = np.zeros((9, 6), np.float32)
     with pytest.raises(ValueError, match=r"fc1.weight has shape \(9, 6\); in order it is 5.weight, which has \(8, 6\)"):
         load_state(net(), state)
+
+
+def test_in_order_nothing_is_left_over():
+    """But counts of batches, which a norm without statistics has not."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    state = {f"fc.{name}": array for name, array in random_state(model).items()}
+    load_state(model, state | {"norm.num_batches_tracked": np.array(3)})
+    assert_same(model.state_dict(), {name.removeprefix("fc."): array for name, array in state.items()})
+    state |= {"prelu.slope": np.ones(3), "norm.running_mean": np.ones(3)}
+    with pytest.raises(ValueError, match="the state has prelu.slope, norm.running_mean, and the model no arrays of"):
+        load_state(model, state)
+
+
+def test_infinite_numbers_stay():
+    model = nn.Sequential(nn.Linear(1, 3, bias=False))
+    load_state(model, {"0.weight": np.array([[np.inf], [-np.inf], [np.nan]])})
+    np.testing.assert_array_equal(model[0].weight.data[:, 0], [np.inf, -np.inf, np.nan])
 
 
 def test_other_heads():
