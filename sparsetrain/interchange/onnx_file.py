@@ -1,10 +1,12 @@
 """ONNX models made of the layers we have, both ways. Needs the onnx package ([onnx] extra)."""
 
+import contextlib
+import math
+
 import numpy as np
 
 from sparsetrain import nn
 from sparsetrain.files import replacing
-from sparsetrain.nn.module import evaluating
 
 OPSET = 17
 READS = (
@@ -35,59 +37,83 @@ def read_onnx(path):
         if isinstance(error, OSError):
             raise
         raise ValueError(f"{path} is not a sound ONNX model: {error}") from error
-    return _Graph(onnx, path, model.graph).sequential()
+    try:
+        return _Graph(onnx, path, model).sequential()
+    except RecursionError:
+        raise ValueError(f"{path} has residual blocks within residual blocks, too many to be read") from None
+
+
+class _Unsupported(ValueError):
+    """An error that names the file already."""
 
 
 class _Graph:
-    def __init__(self, onnx, path, graph):
-        self.onnx, self.path = onnx, path
+    def __init__(self, onnx, path, model):
+        self.onnx, self.path, self.model, graph = onnx, path, model, model.graph
         self.constants = {}
         for tensor in graph.initializer:
             self.constants[tensor.name] = self._array(tensor)
         self.nodes = []
         for node in graph.node:
-            if node.op_type == "Constant":
-                if "value" not in self._attributes(node):
-                    raise self._unsupported(node, "that is no tensor")
-                self.constants[node.output[0]] = self._array(self._attributes(node)["value"])
-            elif node.op_type == "Reshape" and all(name in self.constants for name in node.input[:2]):
-                shape = [int(n) for n in self.constants[node.input[1]]]
-                self.constants[node.output[0]] = self.constants[node.input[0]].reshape(shape)
-            else:
-                self.nodes.append(node)
+            with self._blamed(node):
+                if node.op_type == "Constant":
+                    if "value" not in self._attributes(node):
+                        raise self._unsupported(node, "that is no tensor")
+                    self.constants[node.output[0]] = self._array(self._attributes(node)["value"])
+                elif node.op_type == "Reshape" and all(name in self.constants for name in node.input[:2]):
+                    values, shape = (self.constants[name] for name in node.input)
+                    self.constants[node.output[0]] = values.reshape([int(n) for n in shape])
+                else:
+                    self.nodes.append(node)
         inputs = [i.name for i in graph.input if i.name not in self.constants]
         if len(inputs) != 1 or len(graph.output) != 1:
             raise ValueError(f"{path} has {len(inputs)} inputs and {len(graph.output)} outputs, must have one of each")
         self.first, self.last = inputs[0], graph.output[0].name
-        (shape,) = [i.type.tensor_type.shape for i in graph.input if i.name == self.first]
-        self.image = [axis.dim_value for axis in shape.dim][1:]  # 0 where it is not said
-        self.features = []  # (Flatten, features, node) of each Reshape that names them
+        self.features = []  # (features, node) of each Reshape that names them
 
     def _array(self, tensor):
         if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
-            raise ValueError(f"{self.path}: {tensor.name} lies in another file, which is not supported")
-        return self.onnx.numpy_helper.to_array(tensor)
+            raise _Unsupported(f"{self.path}: {tensor.name} lies in another file, which is not supported")
+        try:
+            return self.onnx.numpy_helper.to_array(tensor)
+        except Exception as error:  # whatever a forged type or shape can bring onnx and NumPy to
+            raise _Unsupported(f"{self.path}: {tensor.name} is no array that can be read: {error}") from error
+
+    @contextlib.contextmanager
+    def _blamed(self, node):
+        """Within it, an error is said to be the node's."""
+        try:
+            yield
+        except _Unsupported:
+            raise
+        except Exception as error:
+            raise self._unsupported(node, f"that is malformed ({error})") from error
 
     def sequential(self):
         layers, at = self._chain(self.first, {self.last})
         if at != self.last:
             raise ValueError(f"{self.path}: the output {self.last} is not reached from the input")
         model = nn.Sequential(*layers)
-        if self.features and len(self.image) == 3 and min(self.image) > 0:
-            self._check_features(model)
+        if self.features:
+            self._check_features()
         return model
 
-    def _check_features(self, model):
-        """ValueError where a Reshape makes another number of features than an image has."""
-        wanted = {id(layer): (features, node) for layer, features, node in self.features}
+    def _check_features(self):
+        """ValueError where a Reshape makes another number of features than an image has, as onnx infers from the input.
 
-        def look(name, module, phase, seconds, y):
-            features, node = wanted.get(id(module), (None, None))
-            if features not in (None, y.shape[1]):
-                raise self._unsupported(node, f"to {features} features of {y.shape[1]}")
-
-        with evaluating(model), nn.observe(model, look):
-            model(np.zeros((1, *self.image), np.float32))
+        The model is not run for it: a small file may name huge images.
+        """
+        try:
+            del self.model.graph.value_info[:]  # the shapes that the file says
+            graph = self.onnx.shape_inference.infer_shapes(self.model).graph
+        except Exception as error:  # of onnx or protobuf, as above
+            raise ValueError(f"{self.path} has shapes that do not fit: {error}") from error
+        values = (*graph.input, *graph.value_info)
+        shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim[1:]] for value in values}
+        for features, node in self.features:
+            shape = shapes.get(node.input[0], [])
+            if min(shape, default=0) > 0 and features != math.prod(shape):  # 0 where it is not known
+                raise self._unsupported(node, f"to {features} features of {math.prod(shape)}")
 
     def _readers(self, name):
         return [node for node in self.nodes if name in node.input]
@@ -117,7 +143,7 @@ class _Graph:
             raise ValueError(
                 f"{self.path}: {at} is read by {len(readers)} nodes, only residual blocks of two are supported"
             )
-        joins = [n for n in readers if n.op_type == "Add" and at in n.input and not self._constant_of(n)]
+        joins = [n for n in readers if n.op_type == "Add" and at in n.input and self._constant_of(n) is None]
         if joins:
             (other,) = [n for n in readers if n is not joins[0]] or readers[:1]
             body, end = self._branch(other)
@@ -146,18 +172,16 @@ class _Graph:
         return {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
 
     def _unsupported(self, node, what):
-        name = f"node {node.name or node.output[0]}"
-        return ValueError(f"{self.path}: {name} is a {node.op_type} {what}; supported are {', '.join(READS)}")
+        name = f"node {node.name or ', '.join(node.output)}"
+        return _Unsupported(f"{self.path}: {name} is a {node.op_type} {what}; supported are {', '.join(READS)}")
 
     def _layer(self, node, before):
         """The layers of a node, [] if it goes into the last of those before it."""
         make = self.makers.get(node.op_type)
         if make is None or node.domain not in ("", "ai.onnx"):
             raise self._unsupported(node, "which no layer does")
-        try:
+        with self._blamed(node):
             made = make(self, node, self._attributes(node), before)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise self._unsupported(node, f"that is malformed ({error})") from error
         return made if isinstance(made, list) else [made]
 
     def _weights(self, node, index):
@@ -265,10 +289,9 @@ class _Graph:
         shape = self.constants.get(node.input[1])
         if shape is None or len(shape) != 2 or shape[0] not in (-1, 0, 1):
             raise self._unsupported(node, f"to {None if shape is None else tuple(shape)}")
-        layer = nn.Flatten()
         if shape[1] > 0:
-            self.features.append((layer, int(shape[1]), node))
-        return layer
+            self.features.append((int(shape[1]), node))
+        return nn.Flatten()
 
     def _identity(self, node, about, before):
         return []

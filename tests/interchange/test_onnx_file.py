@@ -393,6 +393,78 @@ def test_changed_bytes(tmp_path):
             assert str(error)
 
 
+KINDS = (
+    "Add", "AveragePool", "BatchNormalization", "Constant", "Conv", "Flatten", "Gemm", "GlobalAveragePool", "MatMul",
+    "MaxPool", "Relu", "Reshape",
+)  # fmt: skip
+
+
+def changed(model, rng):
+    """A copy with one to three other attributes, operators, inputs, outputs, shapes or types."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    graph, sizes = model.graph, (-1, 0, 1, 2, 3, 7, 2**31, 2**40)
+    values = [*(t.name for t in graph.initializer), *(n.output[0] for n in graph.node), "x", ""]
+    for _ in range(rng.integers(1, 4)):
+        node, tensor = (some[rng.integers(len(some))] for some in (graph.node, graph.initializer))
+        kind = rng.integers(7)
+        if kind == 0:
+            node.op_type = rng.choice(KINDS)
+        elif kind == 1 and node.input:
+            node.input[rng.integers(len(node.input))] = rng.choice(values)
+        elif kind == 2 and node.input:
+            del node.input[rng.integers(len(node.input))]
+        elif kind == 3:
+            node.output[0] = rng.choice(values)
+        elif kind == 4 and tensor.dims:
+            tensor.dims[rng.integers(len(tensor.dims))] = rng.choice(sizes)
+        elif kind == 5:
+            tensor.data_type = int(rng.integers(25))
+        elif kind == 6:
+            for attribute in node.attribute:
+                for i in range(len(attribute.ints)):
+                    attribute.ints[i] = rng.choice(sizes)
+    return model
+
+
+def test_changed_graphs(tmp_path):
+    """They are a ValueError that names the file, or another model."""
+    layers = [nn.Conv2d(2, 2, 2), nn.BatchNorm2d(2), nn.Residual(nn.Conv2d(2, 2, 1))]
+    write_onnx(tmp_path / "a.onnx", used(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2))), (2, 3, 3))
+    model, rng = onnx.load(tmp_path / "a.onnx"), np.random.default_rng(0)
+    for _ in range(500):
+        (tmp_path / "b.onnx").write_bytes(changed(model, rng).SerializeToString())
+        try:
+            assert isinstance(read_onnx(tmp_path / "b.onnx"), nn.Sequential)
+        except ValueError as error:
+            assert "b.onnx" in str(error)
+
+
+def test_blocks_within_blocks(tmp_path):
+    depth = 2000
+    into = [N("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(depth)]
+    out = [N("Add", [f"y{i + 1}" if i + 1 < depth else f"x{depth}", f"x{i}" if i else "x"], [f"y{i}" if i else "y"])
+           for i in reversed(range(depth))]  # fmt: skip
+    with pytest.raises(ValueError, match="a.onnx has residual blocks within residual blocks"):
+        read_onnx(model_of(tmp_path / "a.onnx", into + out, y=4))
+
+
+@pytest.mark.parametrize("features", [1_200_000_000, 18])
+def test_features_are_counted_without_images(tmp_path, monkeypatch, features):
+    """A file of some bytes can name an image of any size."""
+
+    def run(*_):
+        raise AssertionError("the model runs")
+
+    monkeypatch.setattr(nn.Module, "__call__", run)
+    path = model_of(tmp_path / "a.onnx", [N("Relu", ["x"], ["r"]), N("Reshape", ["r", "s"], ["y"])],
+                    {"s": np.array([-1, features])}, (1, 3, 20_000, 20_000))  # fmt: skip
+    if features == 18:
+        with pytest.raises(ValueError, match="a.onnx: node y is a Reshape to 18 features of 1200000000"):
+            read_onnx(path)
+    else:
+        assert repr(read_onnx(path)) == repr(nn.Sequential(nn.ReLU(), nn.Flatten()))
+
+
 def test_mnist_of_the_model_zoo():
     folder = os.environ.get(data.sets.ENVIRONMENT)
     path = os.path.join(folder or "", "weights", "mnist-8.onnx")
@@ -438,6 +510,17 @@ FAULTS = {
     "a bias for each image": (
         [N("Conv", ["x", "w"], ["a"]), N("Add", ["a", "b"], ["y"])], {"w": rand(2, 3, 1, 1), "b": rand(2, 1, 1, 1)},
         {}, "read as biases of channels",
+    ),
+    "a shape of two axes": (
+        [N("Reshape", ["w", "s"], ["v"]), N("MatMul", ["x", "v"], ["y"])],
+        {"w": rand(5, 3), "s": np.array([[3, 5]])}, {"x": (2, 3)}, "TypeError",
+    ),
+    "a shape of another size": (
+        [N("Reshape", ["w", "s"], ["v"]), N("MatMul", ["x", "v"], ["y"])],
+        {"w": rand(5, 3), "s": np.array([4, 5])}, {"x": (2, 3)}, "an error without the file",
+    ),
+    "no output": (
+        [N("Branch", ["x"], [], domain="mine"), N("Relu", ["x"], ["y"])], {}, {"domains": ["mine"]}, "IndexError",
     ),
     "reshape to more rows": (
         [N("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 6])}, {}, "read as a Flatten",
