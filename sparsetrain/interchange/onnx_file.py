@@ -9,9 +9,11 @@ from sparsetrain import nn
 from sparsetrain.files import replacing
 
 OPSET = 17
+SLICE_END = 2**31 - 1  # or more: to the end of an axis
 READS = (
     "Add (of a bias, or of a residual block)", "AveragePool", "BatchNormalization", "Conv", "Dropout", "Flatten",
-    "Gemm", "GlobalAveragePool", "Identity", "MatMul", "MaxPool", "Relu", "Reshape (to (N, features))",
+    "Gemm", "GlobalAveragePool", "Identity", "MatMul", "MaxPool", "Pad (channels of zeros)", "Relu",
+    "Reshape (to (N, features))", "Slice (every n-th row and column)",
 )  # fmt: skip
 
 
@@ -118,9 +120,9 @@ class _Graph:
     def _readers(self, name):
         return [node for node in self.nodes if name in node.input]
 
-    def _chain(self, at, ends):
-        """The layers from a value on, up to one of the values in `ends` or to an Add of two branches; and where."""
-        layers = []
+    def _chain(self, at, ends, layers=()):
+        """`layers` and those from a value on, up to one of the values `ends` or an Add of two branches; and where."""
+        layers = list(layers)
         while at not in ends:
             readers = self._readers(at)
             if not readers:
@@ -162,8 +164,7 @@ class _Graph:
 
     def _branch(self, node):
         layers = self._layer(node, [])
-        more, end = self._chain(node.output[0], set())
-        return layers + more, end
+        return self._chain(node.output[0], set(), layers)
 
     def _constant_of(self, node):
         return next((self.constants[name] for name in node.input if name in self.constants), None)
@@ -184,13 +185,21 @@ class _Graph:
             made = make(self, node, self._attributes(node), before)
         return made if isinstance(made, list) else [made]
 
-    def _weights(self, node, index):
+    def _constant(self, node, index):
         name = node.input[index] if index < len(node.input) else ""
         if not name:
             return None
         if name not in self.constants:
             raise self._unsupported(node, f"whose input {name} is no constant")
-        return np.asarray(self.constants[name], np.float32)
+        return self.constants[name]
+
+    def _weights(self, node, index):
+        array = self._constant(node, index)
+        return None if array is None else np.asarray(array, np.float32)
+
+    def _integers(self, node, index):
+        array = self._constant(node, index)
+        return () if array is None else tuple(int(n) for n in array)
 
     def _window(self, node, about):
         """Kernel, stride and padding of a Conv or a pooling."""
@@ -293,13 +302,30 @@ class _Graph:
             self.features.append((int(shape[1]), node))
         return nn.Flatten()
 
+    def _slice(self, node, about, before):
+        starts, ends, axes, steps = (self._integers(node, i) for i in range(1, 5))
+        step = steps[0] if steps else 1
+        if starts != (0, 0) or min(ends) < SLICE_END or axes != (2, 3) or steps != (step, step):
+            raise self._unsupported(node, "of another part than every n-th row and column")
+        return nn.PadChannels(0, 0, step)
+
+    def _pad(self, node, about, before):
+        """A PadChannels, which also does the Slice before it."""
+        pads, value = self._integers(node, 1), self._constant(node, 2)
+        others, mode = pads[:1] + pads[2:5] + pads[6:], about.get("mode", b"constant")
+        if len(pads) != 8 or any(others) or np.any(value) or len(node.input) > 3 or mode != b"constant":
+            raise self._unsupported(node, "by anything but channels of zeros")
+        inner = before.pop() if before and isinstance(before[-1], nn.PadChannels) else nn.PadChannels(0, 0, 1)
+        return nn.PadChannels(inner.before + pads[1], inner.after + pads[5], inner.stride)
+
     def _identity(self, node, about, before):
         return []
 
     makers = {
         "Add": _add, "AveragePool": _averagepool, "BatchNormalization": _batchnormalization, "Conv": _conv,
         "Dropout": _identity, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _globalaveragepool,
-        "Identity": _identity, "MatMul": _matmul, "MaxPool": _maxpool, "Relu": _relu, "Reshape": _reshape,
+        "Identity": _identity, "MatMul": _matmul, "MaxPool": _maxpool, "Pad": _pad, "Relu": _relu,
+        "Reshape": _reshape, "Slice": _slice,
     }  # fmt: skip
 
 
@@ -413,7 +439,7 @@ class _Writer:
 
     def _padchannels(self, module, x):
         if module.stride > 1:
-            limits = ([0, 0], [2**31 - 1] * 2, [2, 3], [module.stride] * 2)  # starts, ends, axes, steps
+            limits = ([0, 0], [SLICE_END] * 2, [2, 3], [module.stride] * 2)  # starts, ends, axes, steps
             x = self._node("Slice", [x, *(self._tensor(np.array(v, np.int64)) for v in limits)])
         pads = np.array([0, module.before, 0, 0, 0, module.after, 0, 0], np.int64)
         return self._node("Pad", [x, self._tensor(pads)])
