@@ -31,7 +31,10 @@ def from_sparseprop(module):
 
 def to_sparseprop(layer):
     """SparseProp's SparseLinear or SparseConv2d like a Linear or Conv2d, which must have no groups or dilation and the
-    same stride and padding both ways, as theirs have. Needs sparseprop."""
+    same stride and padding both ways, as theirs have, and be float32. Needs sparseprop."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        raise TypeError(f"layer is a {type(layer).__name__}, must be a Linear or Conv2d")
+    _check_float32("layer", layer.weight)
     import torch
     from sparseprop.modules import SparseConv2d, SparseLinear
 
@@ -55,12 +58,23 @@ def from_padded_csr(matrix):
 
 
 def to_padded_csr(weight, padding_ratio=0.2):
-    """SparseLab's PaddedCSR with the weights of a sparse (out, in) parameter. Needs sparselab."""
+    """SparseLab's PaddedCSR with the weights of a sparse (out, in) parameter of float32. Needs sparselab."""
+    if not isinstance(weight, SparseParameter):
+        raise TypeError(f"weight is a {type(weight).__name__}, must be a SparseParameter")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight has shape {weight.shape}, must be (out, in)")
+    _check_float32("weight", weight)
     import torch
     from sparselab import layout
 
     arrays = (torch.from_numpy(a.copy()) for a in (weight.indptr, weight.indices, weight.data))
     return layout.from_torch_sparse_csr(torch.sparse_csr_tensor(*arrays, weight.shape), padding_ratio=padding_ratio)
+
+
+def _check_float32(argument, weight):
+    """TypeError for float64, which SparseProp and SparseLab would round."""
+    if weight.data.dtype != np.float32:
+        raise TypeError(f"{argument} has dtype {weight.data.dtype}, must be float32")
 
 
 def _array(tensor):

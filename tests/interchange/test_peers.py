@@ -48,3 +48,25 @@ def test_sparselab_and_back():
     np.testing.assert_array_equal(again.to_dense(), weight.to_dense())
     np.testing.assert_array_equal(np.asarray(theirs.to_dense()), weight.to_dense())
     assert again.nnz == weight.nnz
+
+
+def test_what_the_peers_have_not():
+    sequential, convolution = nn.Sequential(layer("linear")), layer("conv")
+    for thing, name in ((nn.ReLU(), "ReLU"), (sequential, "Sequential"), (convolution.weight, "SparseParameter")):
+        with pytest.raises(TypeError, match=f"layer is a {name}, must be a Linear or Conv2d"):
+            peers.to_sparseprop(thing)
+    for thing, name in ((nn.Linear(3, 3).weight, "Parameter"), (layer("linear"), "Linear")):
+        with pytest.raises(TypeError, match=f"weight is a {name}, must be a SparseParameter"):
+            peers.to_padded_csr(thing)
+    with pytest.raises(ValueError, match=r"weight has shape \(8, 6, 3, 3\), must be \(out, in\)"):
+        peers.to_padded_csr(convolution.weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_peers_have_no_float64(kind):
+    double = layer(kind).to(np.float64)
+    with pytest.raises(TypeError, match="layer has dtype float64, must be float32"):
+        peers.to_sparseprop(double)
+    if kind == "linear":
+        with pytest.raises(TypeError, match="weight has dtype float64, must be float32"):
+            peers.to_padded_csr(double.weight)
