@@ -204,10 +204,10 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
 
 # ---- the three products of a layer
 
-# Below this sparsity the dense kernels are faster, zeros and all (2 threads, AVX-512, forward and backward). Linear
-# layers break even at 0.37; convolutions between 0.2 (1x1) and 0.33 (stride 2), 3x3 ones of 16, 64 and 256 channels at
-# 0.31, 0.23 and 0.25.
-NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION = 0.4, 0.3
+# Below this sparsity the dense kernels are faster, zeros and all (2 threads, AVX-512, forward and backward). Seven
+# linear layers break even between 0.4 (784 to 1024, batch 128) and 0.58 (2048 to 512, batch 32); convolutions between
+# 0.2 (1x1) and 0.33 (stride 2), 3x3 ones of 16, 64 and 256 channels at 0.31, 0.23 and 0.25.
+NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION = 0.48, 0.3
 
 
 def is_nearly_dense(structure, channels):

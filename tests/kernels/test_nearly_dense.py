@@ -61,4 +61,4 @@ def test_groups_and_sparser_layers_do_not():
     grouped, _ = parameters(rng, (6, 5, 3, 3), 0.1, np.float32)
     assert not plans.is_nearly_dense(grouped.structure, 10)
     assert not plans.is_nearly_dense(parameters(rng, (6, 50, 3, 3), 0.35, np.float32)[0].structure, 50)
-    assert not plans.is_nearly_dense(parameters(rng, (60, 50), 0.45, np.float32)[0].structure, 50)
+    assert not plans.is_nearly_dense(parameters(rng, (60, 50), 0.5, np.float32)[0].structure, 50)
