@@ -1,6 +1,7 @@
 """Which weights are worth keeping: each function gives every stored weight of a layer a score, higher is better.
 
-Those WITH_GRADIENTS look at a model and batches first, and give such a function.
+Those WITH_GRADIENTS look at a model and batches first, and give such a function; the scores are formed in the
+arrays of gradients.
 """
 
 import math
@@ -29,7 +30,7 @@ def snip(model, weights, batches, loss=None):
     batches; dividing by the sum of all scores, as there, changes no order.
     """
     _gradients(model, batches, loss or nn.cross_entropy, 1.0)
-    found = {id(w): np.abs(w.grad * w.data) for w in weights}
+    found = {id(w): np.abs(np.multiply(w.grad, w.data, out=w.grad), out=w.grad) for w in weights}
     model.zero_grad()
     return lambda parameter: found.pop(id(parameter))
 
@@ -50,22 +51,19 @@ def grasp(model, weights, batches, loss=None, temperature=200.0, reach=0.1):
     ]
     e = reach * norms[1] / norms[0] if norms[0] > 0 else 0.0
     kept = [w.data for w in weights]
-    curved = []
+    curved = [np.zeros_like(w.data) for w in weights]
     try:
         for sign in (1, -1):
             for w, data, g in zip(weights, kept, steps, strict=True):
                 w.data = data + w.data.dtype.type(sign * e) * g
             _gradients(model, batches, loss, temperature)
-            curved = (
-                [w.grad.copy() for w in weights]
-                if sign > 0
-                else [c - w.grad for c, w in zip(curved, weights, strict=True)]
-            )
+            for c, w in zip(curved, weights, strict=True):
+                (np.add if sign > 0 else np.subtract)(c, w.grad, out=c)
     finally:
         for w, data in zip(weights, kept, strict=True):
             w.data = data
         model.zero_grad()
-    found = {id(w): w.data * c for w, c in zip(weights, curved, strict=True)}
+    found = {id(w): np.multiply(w.data, c, out=c) for w, c in zip(weights, curved, strict=True)}
     return lambda parameter: found.pop(id(parameter))
 
 
