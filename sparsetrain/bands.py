@@ -86,7 +86,7 @@ def forward(structure, geometry, x, y, formed):
     run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 0))
     source, size = _band_input(x, geometry, reach, run, formed)
     band = Layout.of((1, out, rows, width), strides(y), y.array.dtype)
-    step = plans.forward(structure, geometry, source, band, tasks=1)
+    step = plans.forward(structure, geometry, source, band, tasks=1, times=blocks * -(-height // rows))
     plan = core.BandPlan(
         run=run, rows=rows, parts=1, stride=geometry.stride[0], padding=geometry.padding, reach=reach[0],
         forward=step.plan, gradient=None, input=(), phases_across=1, x_size=size, dy_size=0, dy_halo=(0, 0),
@@ -125,7 +125,8 @@ def backward(structure, geometry, x, y, dx, formed):
         _, channels, dx_height, dx_width, _ = dx.array.shape
         dx_rows = rows * stride[0] if rows < height else dx_height
         dx_band = Layout.of((1, channels, dx_rows, dx_width), strides(dx), y.array.dtype)
-        steps = plans.input_gradient(structure, geometry, band, dx_band, tasks=1)
+        times = blocks * -(-height // rows)
+        steps = plans.input_gradient(structure, geometry, band, dx_band, tasks=1, times=times)
     parts = _band_parts(blocks * -(-height // run), structure.nnz, x.array.size + y.array.size)
     plan = core.BandPlan(
         run=run, rows=rows, parts=parts, stride=stride[0], padding=geometry.padding, reach=reach[0], forward=None,

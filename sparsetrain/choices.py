@@ -111,7 +111,7 @@ def _checked(entry):
 
 
 # What is a tuple of so many numbers; all else is one number.
-_LENGTHS = {"extent": 3, "taps": 2, "x_pixels": 2, "order": 3, "tile": 3}
+_LENGTHS = {"extent": 3, "taps": 2, "x_pixels": 2, "order": 3, "tile": 3, "output": 3}
 
 
 def _numbers(name, found, wanted):

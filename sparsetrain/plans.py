@@ -11,6 +11,7 @@ from itertools import product
 
 import numpy as np
 
+from sparsetrain import winograd
 from sparsetrain._kernels import core
 from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE, STEPS
 from sparsetrain.choices import kept
@@ -117,7 +118,7 @@ def _cut_rows(weights_of_row, pieces):
 
 def _plan(
     x, y, grid, tile, order, group, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts,
-    weights, places=None, row_step=0,
+    weights, places=None, row_step=0, run=0, run_tile=0, size=(0, 0),
 ):  # fmt: skip
     positions = math.prod(grid.extent)
     # A tile's first rows and columns of x are the last ones of the tiles before, and need not be fetched again; rows
@@ -128,6 +129,8 @@ def _plan(
     known = [max(0, taps - pixels) for taps, pixels in zip(grid.taps, grid.x_pixels, strict=True)]
     if rows_bytes > L2_BYTES:
         known[0] = 0
+    if run:
+        known = [0, 0]
     return core.Plan(
         offsets=np.pad(offsets, (0, STEPS)).astype(np.int32),
         places=places,
@@ -152,25 +155,35 @@ def _plan(
         n_values=n_values,
         parts=parts,
         work=weights * positions * 16.0,
+        run=run,
+        run_tile=run_tile,
+        size=size,
     )
 
 
 @dataclass
 class Pass:
-    """One product: its plan, and which of the parameter's values are the plan's, None if they are in its order."""
+    """One product: its plan, and which of the parameter's values are the plan's, None if they are in its order.
+
+    transform: of the plan's values from the parameter's, the arguments of core.winograd_weights().
+    """
 
     plan: object
     source: np.ndarray | None = None
+    transform: tuple | None = None
 
     _sorted: np.ndarray | None = None  # kept from call to call, so that nothing is allocated
 
     def values(self, data):
         """The parameter's flat values in the order of the plan; the next call writes over them."""
-        if self.source is None:
+        if self.source is None and self.transform is None:
             return data
         if self._sorted is None or self._sorted.dtype != data.dtype:
-            self._sorted = np.empty(len(self.source), data.dtype)
-        core.collect_values(data, self.source, self._sorted, False)
+            self._sorted = np.empty(self.plan.n_values, data.dtype)
+        if self.transform:
+            core.winograd_weights(data, *self.transform, self._sorted)
+        else:
+            core.collect_values(data, self.source, self._sorted, False)
         return self._sorted
 
 
@@ -202,18 +215,44 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
     return Pass(plan, None if dense else source)
 
 
+def _winograd(x, y, grid, rows, channels, transform, run, tasks):
+    """The Pass that writes y, `run` tiles of 2 x 2 pixels at once; grid: that of the pixels; transform: as of Pass."""
+    extent, line = winograd.tiles(grid.extent), Grid((1, 1, run), (1, 1), (0, 0))
+    _, (_, _, run_tile), group = choose_tile(
+        line, rows, channels, rows * channels, core.tile_limits()[2], ROWS_AT_ONCE, x.array.itemsize
+    )
+    tile = winograd.task_tile(extent, run)
+    tiles = math.prod(-(-n // size) for n, size in zip(extent, tile, strict=True))
+    # Chunks of rows each transform all of x again.
+    pieces = max(1, min(-(-tasks // tiles), rows // 32))
+    places = np.arange(channels, dtype=np.int32)
+    segments, bounds, _ = _dense_segments(rows, places // group, pieces)
+    weights = 16 * rows * channels
+    plan = _plan(
+        x, y, Grid(extent, (4, 4), grid.x_origin, (2, 2), (2, 2)), tile, (0, 1, 2), group, rows, ROWS_AT_ONCE,
+        places * ((run | 1) * 16), segments, bounds, None, weights, 1, weights, places, channels, run, run_tile,
+        grid.extent[1:],
+    )  # fmt: skip
+    return Pass(plan, None, transform)
+
+
 # ---- the three products of a layer
 
 # Below this sparsity the dense kernels are faster, zeros and all (2 threads, AVX-512, forward and backward). Seven
-# linear layers break even between 0.4 (784 to 1024, batch 128) and 0.58 (2048 to 512, batch 32); convolutions between
-# 0.2 (1x1) and 0.33 (stride 2), 3x3 ones of 16, 64 and 256 channels at 0.31, 0.23 and 0.25.
-NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION = 0.48, 0.3
+# linear layers break even between 0.4 (784 to 1024, batch 128) and 0.58 (2048 to 512, batch 32); convolutions whose
+# dense kernels sum over the taps between 0.2 (1x1) and 0.33 (stride 2), and those that winograd.py transforms between
+# 0.38 and 0.49 (nine of 32 to 256 channels) or at 0.28 and 0.36 (512 channels on small maps).
+NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION, NEARLY_DENSE_WINOGRAD = 0.48, 0.3, 0.43
+FEW_CHANNELS = 32  # with fewer no transform pays
 
 
-def is_nearly_dense(structure, channels):
-    """Whether so few weights are removed that the dense kernels, which know no groups, are faster. channels: of x."""
+def is_nearly_dense(structure, channels, geometry=None):
+    """Whether so few weights are removed that the dense kernels, which know no groups, are faster. channels: of x;
+    geometry: of a convolution of floats, None for others."""
     shape = structure.shape
     limit = NEARLY_DENSE_LINEAR if len(shape) == 2 else NEARLY_DENSE_CONVOLUTION
+    if geometry is not None and winograd.fits(shape[2:], geometry) and min(shape[:2]) >= FEW_CHANNELS:
+        limit = NEARLY_DENSE_WINOGRAD
     return not structure.dense and shape[1] == channels and structure.nnz > (1 - limit) * math.prod(shape)
 
 
@@ -255,21 +294,38 @@ def _forward_entries(structure, geometry, x):
     return row, channel, _offsets(channel, kh * dh - ph, kw * dw - pw, x)
 
 
-def forward(structure, geometry, x, y, tasks=TASKS):
-    """The Pass y = W x, in at least so many tasks if the shape allows."""
+def _winograd_run(structure, geometry, grid, rows, channels, x, times):
+    """That of winograd.choose_run() where it can run so, else 0."""
+    floats = x.array.dtype.kind == "f"
+    if not (structure.dense and floats and winograd.fits(structure.shape[2:], geometry)):
+        return 0
+    return winograd.choose_run(grid.extent, rows, channels, times)
+
+
+def forward(structure, geometry, x, y, tasks=TASKS, times=1):
+    """The Pass y = W x, in at least so many tasks if the shape allows. times: so often it runs with the same values."""
+    grid = _forward_grid(structure, geometry, x, y)
+    rows, channels = structure.shape[0], x.array.shape[1]
+    run = _winograd_run(structure, geometry, grid, rows, channels, x, times)
+    if run:
+        return _winograd(x, y, grid, rows, channels, (rows, channels, 9 * channels, 9, False), run, tasks)
     row, channel, offsets = _forward_entries(structure, geometry, x)
     source = np.arange(len(offsets), dtype=np.int32) if row is None else None
-    grid = _forward_grid(structure, geometry, x, y)
-    rows, channels, columns = structure.shape[0], x.array.shape[1], len(offsets)
+    columns = len(offsets)
     return _spmm(x, y, grid, rows, channels, row, channel, offsets, source, columns, structure.nnz, tasks)
 
 
-def input_gradient(structure, geometry, dy, dx, tasks=TASKS):
-    """The Passes that together write dx = W^T dy: one for each phase of the strides."""
+def input_gradient(structure, geometry, dy, dx, tasks=TASKS, times=1):
+    """The Passes that together write dx = W^T dy: one for each phase of the strides. times: as of forward()."""
     out, per_group, kernel_h, kernel_w = (*structure.shape, 1, 1)[:4]
     row, channel, kh, kw = _entries(structure, geometry)
     (sh, sw), (dh, dw), (ph, pw) = geometry.stride, geometry.dilation, geometry.padding
     taps, n_channels = kernel_h * kernel_w, dx.array.shape[1]
+    blocks, _, height, width, _ = dx.array.shape
+    around = Grid((blocks, height, width), (kernel_h, kernel_w), (ph + 1 - kernel_h, pw + 1 - kernel_w))
+    run = _winograd_run(structure, geometry, around, n_channels, out, dy, times)
+    if run:
+        return [_winograd(dy, dx, around, n_channels, out, (n_channels, out, 9, 9 * n_channels, True), run, tasks)]
     if row is None:  # the entries of any one row of W^T: all output channels
         oc = np.repeat(np.arange(out), taps)
         kh, kw = np.tile(kh[:taps], out), np.tile(kw[:taps], out)
@@ -277,7 +333,6 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS):
     else:
         source = np.argsort(channel, kind="stable")
         oc, kh, kw, new_row = row[source], kh[source], kw[source], channel[source]
-    blocks, _, height, width, _ = dx.array.shape
     passes = []
     for a, b in product(range(min(sh, height)), range(min(sw, width))):
         here = ((a + ph - kh * dh) % sh == 0) & ((b + pw - kw * dw) % sw == 0)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from sparsetrain import checks, nn, rng
+from sparsetrain import checks, nn, rng, winograd
 from sparsetrain._kernels import core
 from sparsetrain.arrays import IMAGES
 from sparsetrain.bench import analysis, load, machine
@@ -234,7 +234,7 @@ class _Pass:
     module: object
     seconds: list
     operations: int = 0
-    rate: int = 1  # of operations, in multiples of float32's
+    rate: float = 1  # of operations, in multiples of float32's
     bytes: int | None = None
     kernel: str = ""
     plans: list = field(default_factory=list)
@@ -377,9 +377,13 @@ def _work(run):
         plans += [("input gradient", step) for step in plan.input]
     at_once = max((plan.rows_at_once for _, plan in plans), default=0)
     kind = f"dense, {at_once} at once" if at_once > 1 else "sparse" if plans else "dense, features at once"
+    rates = {product: winograd.RATE if plan.run else 1 for product, plan in plans}
+    rate = len(rates) / sum(1 / r for r in rates.values()) if rates else 1
+    if rate > 1:
+        kind += ", Winograd"
     return {
         "operations": operations,
-        "rate": 4 if eight and core.get_isa() == "avx512" and core.get_vnni() else 1,  # four bytes for one float
+        "rate": 4 if eight and core.get_isa() == "avx512" and core.get_vnni() else rate,  # four bytes for one float
         "bytes": size,
         "kernel": f"{'8 bits, ' if eight else ''}{'bands ' if bands else ''}{kind}",
         "bands": bands,
@@ -389,13 +393,15 @@ def _work(run):
 
 def _described(product, plan):
     """What a core.Plan says: output channels at once, which axes a tile's are (0 block of images, 1 row, 2 column) and
-    its positions on them, input channels a group, chunks of rows of the weight, parts of a weight gradient, tasks."""
+    its positions on them, tiles of 2 x 2 pixels that winograd.hh meets at once (0: it does not run), input channels a
+    group, chunks of rows of the weight, parts of a weight gradient, tasks."""
     tasks = plan.n_chunks * plan.parts if product == "weight gradient" else plan.n_tasks
     return {
         "product": product,
         "rows_at_once": plan.rows_at_once,
         "order": list(plan.order),
         "tile": list(plan.tile),
+        "run": plan.run,
         "group": plan.group,
         "chunks": plan.n_chunks,
         "parts": plan.parts,
@@ -409,8 +415,10 @@ def _how(row):
         return "-", "-"
     plan = row.plans[0]
     tile = " ".join(f"{n}{'nhw'[axis]}" for axis, n in list(zip(plan["order"], plan["tile"], strict=True))[1:])
+    if plan["run"]:
+        tile = f"{plan['run']} of 2x2"
     tile += f" {plan['group']}c"
-    others = {(*p["order"], *p["tile"], p["group"]) for p in row.plans}
+    others = {(*p["order"], *p["tile"], p["run"], p["group"]) for p in row.plans}
     if len(others) > 1:
         tile += f" +{len(others) - 1}"
     if row.bands:

@@ -209,7 +209,7 @@ def test_a_choice_that_cannot_run_is_refused(kind, of, words, tmp_path, monkeypa
         (
             '{"format": "sparsetrain plans", "schema": 1, "choices":'
             ' [{"choice": "x", "isa": "base", "for": {}, "is": {}}]}',
-            "choice is 'x', must be one of tile",
+            "choice is 'x', must be one of winograd, tile",
         ),
         (
             '{"format": "sparsetrain plans", "schema": 1, "choices":'

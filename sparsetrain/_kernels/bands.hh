@@ -132,14 +132,17 @@ template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *s
 // The band of so many rows of a product that was planned for a.rows of them.
 template <class T> INLINE Product<T> band_of(const Product<T> &plan, int row_axis, long rows) {
     Product<T> p = plan;
-    p.extent[row_axis] = rows;
+    p.extent[row_axis] = p.run ? (rows + 1) / 2 : rows;
+    p.size[0] = rows;
     return p;
 }
 template <class T> INLINE void run_band(const Product<T> &p, T *scratch, Ahead<T> &ahead) {
     const long n = n_tiles(p);
     for (long i = 0; i < n; i++) spmm_task(p, 0, cut(p, i), scratch, ahead);
 }
-template <class T> INLINE long band_segments(const Product<T> &p) { return n_tiles(p) * n_segments(p, 0); }
+template <class T> INLINE long band_segments(const Product<T> &p) {
+    return (p.run ? winograd_tiles(p) : n_tiles(p)) * n_segments(p, 0);
+}
 // The time that a pass takes for a row, as a share of the product's for a segment: by counting vector operations, 4 a pixel
 // (loads, a store, waiting for L2) and 4 a position for its sums.
 template <class T> INLINE double row_time(const Product<T> &p, long width) {

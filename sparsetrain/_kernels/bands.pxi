@@ -30,7 +30,7 @@ cdef class BandPlan:
             self.dy_channel, self.dy_row = gradient.y_strides[1], gradient.y_strides[2]
         self.tile_size = 0
         for p in self.input if forward is None else (forward,):
-            self.tile_size = max(self.tile_size, (p.rows + p.rows_at_once) * p._tile[1] * p._tile[2] * 16)
+            self.tile_size = max(self.tile_size, p.scratch_size())
 
 
 cdef bint _from_the_end = True

@@ -34,7 +34,7 @@ ctypedef fused number:
 
 # As in kernels.hh.
 FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES
-STEPS = kernels.STEPS
+STEPS, MAX_RUN = kernels.STEPS, kernels.MAX_RUN
 
 
 # ---- instruction sets and threads

@@ -44,6 +44,7 @@ inline void use(const Build *b, const Int8Kernels *int8) {
 }
 #define CALL(name) template <class T, class... A> inline void name(A... a) { in_use<T>.name(a...); }
 CALL(spmm)
+CALL(winograd_weights)
 CALL(sddmm)
 CALL(add_parts)
 CALL(pack_features)

@@ -91,7 +91,7 @@ def int8_spmm(Plan plan, int32_t[:, :, :, :, :] quads, const int32_t[::1] values
         long n = plan.n_tiles * plan.n_chunks, i
         int threads = team(n, plan.work / 8)
         long run = max(1, n // (8 * threads))  # as in spmm()
-        long each = (plan.rows + plan.rows_at_once) * plan._tile[1] * plan._tile[2] * 16
+        long each = plan.scratch_size()
         Buffer scratch
         int32_t *s
         int k

@@ -9,6 +9,7 @@
 namespace {  // internal linkage: one build's code must never be shared with another
 #include "vec.hh"
 #include "product.hh"
+#include "winograd.hh"
 #include "elementwise.hh"
 #include "entries.hh"
 #include "sparse_gradient.hh"
@@ -20,7 +21,7 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 #include "machine.hh"
 
 template <class T> constexpr Kernels<T> kernels = {
-    .spmm = spmm<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>,
+    .spmm = spmm<T>, .winograd_weights = winograd_weights<T>, .sddmm = sddmm<T>, .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>,
     .spread_values = spread_values<T>, .collect_values = collect_values<T>,
     .compress = compress<T, Entry<T>>, .sparsify = sparsify<T>,
     .find_places = find_places<T>, .gather_places = gather_places<T>,

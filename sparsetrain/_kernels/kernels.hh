@@ -26,6 +26,7 @@ struct Segment {
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
 enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
 enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
+enum { MAX_RUN = 8 };          // tiles of a run (winograd.hh)
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
 // Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into
@@ -52,6 +53,9 @@ template <class T> struct Product {
     T *dvalues;              // sddmm: parts arrays of n_values partial gradients
     const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
     long n_values, parts;
+    // winograd.hh, unless run is 0: positions are tiles of 2 x 2 pixels of y, which has size[0] rows and size[1] columns; a run
+    // of them is met at once, run_tile in registers; values are the transformed ones (16, rows, channels)
+    long run, run_tile, size[2];
     float scale;             // int32_t, the four bytes of a quad (int8.hh): y is float, sum * scale + shift[row]
     const float *shift;
 };
@@ -146,6 +150,9 @@ struct Windows {
 template <class T> struct Kernels {
     // One task is one tile of one chunk of rows; scratch holds rows * tile[1] * tile[2] * 16 elements.
     void (*spmm)(const Product<T> *, long task, T *scratch);
+    // (16, rows, columns) of winograd.hh, for rows [begin, end)
+    void (*winograd_weights)(long begin, long end, long rows, long columns, long row_step, long column_step, bool flip,
+                             const T *weights, T *out);
     // dvalues[e] = sum over positions p of dy[row(e), p] x[p + offsets[e]], dy being Product::y.
     // One task is one chunk of rows over one of `parts` runs of tiles.
     void (*sddmm)(const Product<T> *, long task);

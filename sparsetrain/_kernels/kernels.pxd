@@ -27,6 +27,7 @@ cdef extern from "dispatch.hh" nogil:
     enum: LAST
     enum: STEPS
     enum: ROWS_AT_ONCE
+    enum: MAX_RUN
     enum: MAX_PHASES
     enum: CHAINED_VALUES
     cppclass Product[T]:
@@ -52,7 +53,8 @@ cdef extern from "dispatch.hh" nogil:
         bint accumulate, relu, far
         T *dvalues
         const int32_t *first_value
-        long n_values, parts
+        long n_values, parts, run, run_tile
+        long size[2]
         float scale
         const float *shift
     cppclass Bands[T]:
@@ -122,6 +124,7 @@ cdef extern from "dispatch.hh" nogil:
         const int32_t *divisor
 
     void spmm[T](const Product[T] *, long, T *)
+    void winograd_weights[T](long, long, long, long, long, long, bint, const T *, T *)
     void sddmm[T](const Product[T] *, long)
     void add_parts[T](long, long, long, long, const T *, T *, bint)
     void pack_features[T](long, long, long, long, View[T], T *)

@@ -330,28 +330,37 @@ template <class T> INLINE long n_tiles(const Product<T> &a) {
     for (int i = 0; i < 3; i++) n *= (a.extent[i] + a.tile[i] - 1) / a.tile[i];
     return n;
 }
-INLINE long distance(const Tile &t, const long *step) {
-    return t.first[0] * step[0] + t.first[1] * step[1] + t.first[2] * step[2];
-}
+INLINE long distance(const long *at, const long *step) { return at[0] * step[0] + at[1] * step[1] + at[2] * step[2]; }
 
 // What the tile reads of x, and the tiles before it did not.
 template <class T> INLINE void fetch_x(Ahead<T> &ahead, const Product<T> &a, const Tile &t) {
     long count[3];
     for (int i = 0; i < 3; i++) count[i] = t.size[i] * a.pixels[i] + a.overlap[i];
-    ahead.add(a.x + distance(t, a.x_step) + a.origin, a.channels, count[1], count[2], a.x_channel, a.pixel[1], a.pixel[2]);
+    ahead.add(a.x + distance(t.first, a.x_step) + a.origin, a.channels, count[1], count[2], a.x_channel, a.pixel[1], a.pixel[2]);
 }
 template <class T> INLINE void fetch_dy(Ahead<T> &ahead, const Product<T> &a, const Tile &t) {
-    ahead.add(a.y + distance(t, a.y_step), a.rows, t.size[1], t.size[2], a.y_channel, a.y_step[1], a.y_step[2]);
+    ahead.add(a.y + distance(t.first, a.y_step), a.rows, t.size[1], t.size[2], a.y_channel, a.y_step[1], a.y_step[2]);
 }
 
-template <class T> void spmm_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead) {
+template <class T> INLINE void fetch_y(Ahead<T> &ahead, const Product<T> &a, const Tile &t) {
+    ahead.add(a.y + distance(t.first, a.y_step), a.rows, 2 * t.size[1], 2 * t.size[2], a.y_channel, a.y_step[1] / 2, IMAGES, true);
+}
+
+template <class T> void tiles_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead) {
     (a.rows_at_once == 1 ? tiles<T>.sparse : tiles<T>.dense)[t.size[1] - 1][t.size[2] - 1][a.x_step[2] == IMAGES](
-        a, a.x + distance(t, a.x_step), a.y + distance(t, a.y_step), scratch, a.segments + a.chunks[chunk],
+        a, a.x + distance(t.first, a.x_step), a.y + distance(t.first, a.y_step), scratch, a.segments + a.chunks[chunk],
         a.segments + a.chunks[chunk + 1], ahead);
+}
+template <class T> long winograd_tiles(const Product<T> &a);
+template <class T> void winograd_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead);
+template <class T> void spmm_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead) {
+    if constexpr (!whole_numbers<T>)
+        if (a.run) return winograd_task(a, chunk, t, scratch, ahead);
+    tiles_task(a, chunk, t, scratch, ahead);
 }
 template <class T> void sddmm_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, Ahead<T> &ahead) {
     const Segment *begin = a.segments + a.chunks[chunk], *end = a.segments + a.chunks[chunk + 1];
-    const T *x = a.x + distance(t, a.x_step), *dy = a.y + distance(t, a.y_step);
+    const T *x = a.x + distance(t.first, a.x_step), *dy = a.y + distance(t.first, a.y_step);
     const bool next_to = a.x_step[2] == IMAGES;
     if (a.rows_at_once == 1)
         tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][next_to](a, x, dy, dvalues, begin, end, ahead);
@@ -364,8 +373,10 @@ template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
     FlushToZero flush;
     const long n = n_tiles(*a), chunk = task / n, number = task % n;
     Ahead<T> ahead;
-    if (a->rows_at_once == 1 && number + 1 < n) fetch_x(ahead, *a, cut(*a, number + 1));
-    ahead.spread_over(n_segments(*a, chunk));
+    const bool transformed = !whole_numbers<T> && a->run;
+    if ((a->rows_at_once == 1 || transformed) && number + 1 < n) fetch_x(ahead, *a, cut(*a, number + 1));
+    if (transformed && number + 1 < n) fetch_y(ahead, *a, cut(*a, number + 1));
+    ahead.spread_over(n_segments(*a, chunk) * (transformed ? winograd_tiles(*a) / n : 1));
     spmm_task(*a, chunk, cut(*a, number), scratch, ahead);
     if (a->far) finish_stores();
 }

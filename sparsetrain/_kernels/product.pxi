@@ -12,13 +12,15 @@ cdef class Plan:
     x_pixels, y_pixels: rows and columns of x and y from one position to the next; y_origin: the pixel of y of the
     first position; x_origin: the first pixel to fetch ahead for it; overlap: how many pixels more than x_pixels a
     position to fetch.
+    run: 0, or how many tiles of 2 x 2 pixels winograd.hh meets at once; then positions are such tiles, `size` are the rows and
+    columns of y in pixels, run_tile the tiles in registers, and the values are those of winograd_weights().
     """
     cdef:
         readonly tuple tile, order
-        readonly long rows_at_once, parts, group, n_chunks
+        readonly long rows_at_once, n_values, parts, group, n_chunks, run, run_tile
         const int32_t[::1] _offsets, _places, _chunks, _first_value
         const int32_t[:, ::1] _segments
-        long rows, row_step, n_values, n_tiles
+        long rows, row_step, n_tiles
         long extent[3]
         long _tile[3]
         long x_step[3]
@@ -28,13 +30,14 @@ cdef class Plan:
         long pixels[3]
         long overlap[3]
         long pixel[3]
+        long size[2]
         long x_origin, y_origin, channels
         double work
 
     def __init__(self, *, const int32_t[::1] offsets, const int32_t[::1] places, const int32_t[:, ::1] segments,
                  const int32_t[::1] chunks, const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
                  overlap, x_origin, y_origin, long channels, long group, long rows, long row_step, long rows_at_once,
-                 long n_values, long parts, double work):
+                 long n_values, long parts, double work, long run, long run_tile, size):
         cdef int i
         self.tile, self.order, self.group = tuple(tile), tuple(order), group
         self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
@@ -47,6 +50,8 @@ cdef class Plan:
         self.x_origin = x_strides[2] * x_origin[0] + 16 * x_origin[1]
         self.channels = channels
         pixels, overlap, pixel = (1, *x_pixels), (0, *overlap), (x_strides[0], x_strides[2], 16)
+        self.run, self.run_tile = run, run_tile
+        self.size[0], self.size[1] = size
         self.n_tiles = 1
         for i in range(3):
             self.x_strides[i], self.y_strides[i] = x_strides[i], y_strides[i]
@@ -59,6 +64,11 @@ cdef class Plan:
     def n_tasks(self):
         """Tasks that the product is cut into, the same for any number of threads."""
         return self.n_tiles * self.n_chunks
+
+    cdef long scratch_size(self):
+        """Elements of scratch that a task of spmm() needs."""
+        cdef long rows = self.rows + self.rows_at_once, transformed = 4 * (self.channels + self.rows) * (self.run | 1)
+        return 16 * (transformed + rows * self.run_tile if self.run else rows * self._tile[1] * self._tile[2])
 
 
 # An array of so many bytes has left L3 (32 MB) before it is read again: it is stored past the caches, whose lines need not be
@@ -92,6 +102,7 @@ cdef Product[number] product_of(Plan p, number example) noexcept:
         a.extent[i], a.tile[i], a.x_step[i], a.y_step[i] = p.extent[i], p._tile[i], p.x_step[i], p.y_step[i]
         a.pixels[i], a.overlap[i], a.pixel[i] = p.pixels[i], p.overlap[i], p.pixel[i]
     a.origin, a.x_channel, a.channels = p.x_origin, p.x_strides[1], p.channels
+    a.run, a.run_tile, a.size[0], a.size[1] = p.run, p.run_tile, p.size[0], p.size[1]
     return a
 
 
@@ -120,7 +131,7 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         int threads = team(n, plan.work / 8)
         # Neighbouring tiles share rows of x: a thread takes a run of them.
         long run = max(1, n // (8 * threads))
-        long each = (plan.rows + plan.rows_at_once) * plan._tile[1] * plan._tile[2] * 16
+        long each = plan.scratch_size()
         Buffer scratch = Buffer("scratch", each * threads * sizeof(floating))
         floating *s = <floating *>scratch.data
     same_length("values", values.shape[0], plan.n_values)
@@ -131,6 +142,21 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
     a.accumulate, a.relu, a.far = accumulate, relu, is_far(y) and not accumulate
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.spmm(&a, i, s + each * threadid())
+
+
+def winograd_weights(const floating[::1] weights, long rows, long columns, long row_step, long column_step, bint flip,
+                     floating[::1] out):
+    """out[:] (16, rows, columns) = G w G^T of the 3x3 weights w at row * row_step + column * column_step, turned by half a turn
+    if flip (winograd.hh)."""
+    cdef:
+        int threads = team(rows, 10. * rows * columns)
+        long chunks = chunks_of(rows, threads), c
+        const floating *w = &weights[0]
+        floating *o = &out[0]  # OUT
+    same_length("weights", weights.shape[0], 9 * rows * columns)
+    same_length("out", out.shape[0], 16 * rows * columns)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.winograd_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, columns, row_step, column_step, flip, w, o)
 
 
 def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[::1] grad, bint accumulate):

@@ -58,7 +58,7 @@ class MemAOP(Method):
         used = self._weight_gradient(layer, x, weight, geometry, dy)
         if halo is None:
             return None, used
-        if not weight.structure.dense and plans.is_nearly_dense(weight.structure, dy.shape[1]):
+        if plans.is_nearly_dense(weight.structure, x.shape[1], geometry):
             weight = weight.full()
         return ops.input_gradient(x, weight, geometry, dy, halo, into), used
 

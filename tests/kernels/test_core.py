@@ -12,7 +12,7 @@ import pytest
 
 import reference as ref
 import sparsetrain as st
-from sparsetrain import arrays, ops, plans
+from sparsetrain import arrays, ops, plans, winograd
 from sparsetrain._kernels import core
 from sparsetrain.arrays import IMAGES
 from sparsetrain.sparse import Parameter, SparseParameter
@@ -242,6 +242,53 @@ def test_edges(name, sparse, dtype, isa, poison):
         first = first or results
         for a, b in zip(first, results, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+WINOGRAD = {
+    "one of everything": Case(1, (1, 1), (1, 1)),
+    "no padding": Case(17, (3, 5), (5, 8), geometry=plans.Geometry()),
+    "odd sizes": Case(35, (5, 6), (7, 9)),
+    "more padding than taps": Case(16, (2, 3), (2, 1), geometry=plans.Geometry(padding=(4, 2))),
+    "tiles of several blocks": Case(100, (6, 4), (4, 3)),
+    "chunks of rows": Case(19, (70, 68), (2, 4)),
+    "long rows": Case(3, (2, 4), (3, 37)),
+}
+
+
+@pytest.mark.parametrize("name", WINOGRAD)
+@pytest.mark.parametrize("run", range(1, core.MAX_RUN + 1))
+@DTYPES
+def test_winograd(name, run, dtype, isa, poison, monkeypatch):
+    """And the same bits from any number of threads."""
+    monkeypatch.setattr(winograd, "choose_run", lambda *_: run)
+    first = None
+    for threads in (1, 2, 5):
+        st.set_num_threads(threads)
+        results = passes(WINOGRAD[name], dtype, False, ("forward", "input"))
+        first = first or results
+        for a, b in zip(first, results, strict=True):
+            np.testing.assert_array_equal(a, b)
+    x, _, w, _, bias = WINOGRAD[name].operands(dtype)
+    geometry = WINOGRAD[name].geometry
+    y = ops.conv2d(activation(x, geometry.padding), Parameter(w), Parameter(bias), geometry, relu=True)
+    np.testing.assert_array_equal(arrays.unpack(y), ref.relu(ref.conv2d(x, w, bias, padding=geometry.padding)))
+
+
+def test_winograd_where_it_is_faster(isa):
+    def run(channels, size, images=64, dtype=np.float32, **geometry):
+        weight, geometry = Parameter(np.ones((channels[1], channels[0], 3, 3), dtype)), plans.Geometry(**geometry)
+        x = arrays.empty(images, channels[0], size, size, dtype, geometry.padding)
+        y = arrays.empty(images, channels[1], *geometry.output((3, 3), size, size), dtype)
+        back = plans.input_gradient(weight.structure, geometry, y.with_halo((2, 2)), x)
+        return [plans.forward(weight.structure, geometry, x, y).plan.run, *(step.plan.run for step in back)]
+
+    one = (1, 1)
+    assert run((64, 64), 32, padding=one) == run((512, 512), 4, padding=one) == [core.MAX_RUN] * 2
+    assert run((64, 128), 16, dtype=np.float64) == [core.MAX_RUN] * 2
+    assert run((16, 16), 32, padding=one) == run((512, 512), 2, padding=one) == run((3, 64), 32, padding=one) == [0, 0]
+    assert run((64, 64), 32, padding=one, dilation=(2, 2)) == [0, 0]
+    assert run((64, 64), 32, padding=one, stride=(1, 2)) == [0, 0, 0]
+    assert run((512, 512), 32, images=1, padding=one) == [core.MAX_RUN] * 2
 
 
 @pytest.mark.parametrize("rows", [[], [2]], ids=["empty layer", "empty rows"])

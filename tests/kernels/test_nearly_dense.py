@@ -15,16 +15,18 @@ def parameters(rng, shape, sparsity, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape, sparsity", [((20, 33), 0.3), ((20, 33), 0.0), ((6, 5, 3, 3), 0.2), ((6, 5, 1, 1), 0.1)]
+    "shape, sparsity",
+    [((20, 33), 0.3), ((20, 33), 0.0), ((6, 5, 3, 3), 0.2), ((32, 40, 3, 3), 0.4), ((6, 5, 1, 1), 0.1)],
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_results_are_those_of_the_dense_layer_at_the_stored_weights(shape, sparsity, dtype):
     rng = np.random.default_rng(0)
     sparse, dense = parameters(rng, shape, sparsity, dtype)
-    assert plans.is_nearly_dense(sparse.structure, shape[1]) and not plans.is_nearly_dense(dense.structure, shape[1])
     linear = len(shape) == 2
     geometry = plans.Geometry() if linear else plans.Geometry(padding=(1, 1))
-    x = arrays.pack(rng.standard_normal((19, shape[1]) if linear else (19, 5, 7, 8)).astype(dtype))
+    assert plans.is_nearly_dense(sparse.structure, shape[1], geometry)
+    assert not plans.is_nearly_dense(dense.structure, shape[1], geometry)
+    x = arrays.pack(rng.standard_normal((19, shape[1]) if linear else (19, shape[1], 7, 8)).astype(dtype))
     results = []
     for weight in (sparse, dense):
         y = ops.conv2d(x, weight, None, geometry)
@@ -62,3 +64,6 @@ def test_groups_and_sparser_layers_do_not():
     assert not plans.is_nearly_dense(grouped.structure, 10)
     assert not plans.is_nearly_dense(parameters(rng, (6, 50, 3, 3), 0.35, np.float32)[0].structure, 50)
     assert not plans.is_nearly_dense(parameters(rng, (60, 50), 0.5, np.float32)[0].structure, 50)
+    wide = parameters(rng, (60, 50, 3, 3), 0.35, np.float32)[0].structure  # whose dense kernels have a transform
+    assert plans.is_nearly_dense(wide, 50, plans.Geometry())
+    assert not plans.is_nearly_dense(wide, 50, plans.Geometry(stride=(2, 2))) and not plans.is_nearly_dense(wide, 50)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
-from sparsetrain import nn, ops
+from sparsetrain import nn, ops, winograd
+from sparsetrain._kernels import core
 from sparsetrain.nn import convnorm
 
 
@@ -109,6 +110,14 @@ def test_is_what_the_layers_one_by_one_give(name, sparsity, isa, bands):
     for _ in range(2):  # gradients add up, running means move
         same_step(fused, alone)
     assert bands == {"forward": 2 * convolutions, "backward": 2 * convolutions}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_winograd_in_bands(name, isa, bands, monkeypatch):
+    monkeypatch.setattr(winograd, "choose_run", lambda *_: core.MAX_RUN)
+    fused = net(name, 0)
+    same_step(fused, copy.deepcopy(fused))
+    assert bands["forward"] and bands["backward"]
 
 
 def test_a_large_input_of_a_block_goes_straight_to_memory(isa):
