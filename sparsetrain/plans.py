@@ -243,7 +243,11 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
 # dense kernels sum over the taps between 0.2 (1x1) and 0.33 (stride 2), and those that winograd.py transforms between
 # 0.38 and 0.49 (nine of 32 to 256 channels) or at 0.28 and 0.36 (512 channels on small maps).
 NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION, NEARLY_DENSE_WINOGRAD = 0.48, 0.3, 0.43
-FEW_CHANNELS = 32  # with fewer no transform pays
+
+
+def is_transformed(shape, geometry):
+    """Whether the dense kernels for a weight of this shape are those of winograd.hh, unless images are tiny."""
+    return winograd.fits(shape[2:], geometry) and min(shape[:2]) >= 32
 
 
 def is_nearly_dense(structure, channels, geometry=None):
@@ -251,7 +255,7 @@ def is_nearly_dense(structure, channels, geometry=None):
     geometry: of a convolution of floats, None for others."""
     shape = structure.shape
     limit = NEARLY_DENSE_LINEAR if len(shape) == 2 else NEARLY_DENSE_CONVOLUTION
-    if geometry is not None and winograd.fits(shape[2:], geometry) and min(shape[:2]) >= FEW_CHANNELS:
+    if geometry is not None and is_transformed(shape, geometry):
         limit = NEARLY_DENSE_WINOGRAD
     return not structure.dense and shape[1] == channels and structure.nnz > (1 - limit) * math.prod(shape)
 

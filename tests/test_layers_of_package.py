@@ -10,7 +10,8 @@ import sparsetrain
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
     *("_kernels", "version", "checks", "files", "options", "rng", "arrays", "record", "normed", "sparse"),
-    *("choices", "tiles", "plans", "bands", "slabs", "ops", "sparse_gradient", "int8", "nn", "optim", "sparsity"),
+    *("choices", "tiles", "winograd", "plans", "bands", "slabs", "ops", "sparse_gradient", "int8"),
+    *("nn", "optim", "sparsity"),
     *(
         "backprop",
         "data",
