@@ -69,7 +69,7 @@ def roofline(report):
     layers = results.series(report["cases"], "layer")
     if not layers:
         return None
-    figure = _figure(report, "Layers below the machine's roofline", (11, 6.2))
+    figure = _figure(report, "Layers and the machine's roofline", (11, 6.2))
     both = figure.subplots(1, 2, sharex=True, sharey=True)
     names = list(dict.fromkeys(name for name, _ in layers))
     points = [
