@@ -165,7 +165,7 @@ def _plan(
 class Pass:
     """One product: its plan, and which of the parameter's values are the plan's, None if they are in its order.
 
-    transform: of the plan's values from the parameter's, the arguments of core.winograd_weights().
+    transform: that makes the plan's values of the parameter's, arguments of core.winograd_weights().
     """
 
     plan: object
@@ -176,14 +176,13 @@ class Pass:
 
     def values(self, data):
         """The parameter's flat values in the order of the plan; the next call writes over them."""
-        if self.source is None and self.transform is None:
+        if self.transform:
+            return core.winograd_weights(data, *self.transform)
+        if self.source is None:
             return data
         if self._sorted is None or self._sorted.dtype != data.dtype:
-            self._sorted = np.empty(self.plan.n_values, data.dtype)
-        if self.transform:
-            core.winograd_weights(data, *self.transform, self._sorted)
-        else:
-            core.collect_values(data, self.source, self._sorted, False)
+            self._sorted = np.empty(len(self.source), data.dtype)
+        core.collect_values(data, self.source, self._sorted, False)
         return self._sorted
 
 

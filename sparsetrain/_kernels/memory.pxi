@@ -28,5 +28,10 @@ cdef class Buffer:
             self.memory = Memory(size + 1)
         self.data = self.memory.data
 
+    @property
+    def __array_interface__(self):
+        """With it np.asarray(buffer) are its bytes, and keep it."""
+        return {"version": 3, "typestr": "|u1", "shape": (len(self.memory.raw),), "data": (<size_t>self.data, False)}
+
     def __dealloc__(self):
         _idle[self.purpose] = self.memory

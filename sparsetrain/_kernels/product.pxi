@@ -17,10 +17,10 @@ cdef class Plan:
     """
     cdef:
         readonly tuple tile, order
-        readonly long rows_at_once, n_values, parts, group, n_chunks, run, run_tile
+        readonly long rows_at_once, parts, group, n_chunks, run, run_tile
         const int32_t[::1] _offsets, _places, _chunks, _first_value
         const int32_t[:, ::1] _segments
-        long rows, row_step, n_tiles
+        long rows, row_step, n_values, n_tiles
         long extent[3]
         long _tile[3]
         long x_step[3]
@@ -144,19 +144,20 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         kernels.spmm(&a, i, s + each * threadid())
 
 
-def winograd_weights(const floating[::1] weights, long rows, long columns, long row_step, long column_step, bint flip,
-                     floating[::1] out):
-    """out[:] (16, rows, columns) = G w G^T of the 3x3 weights w at row * row_step + column * column_step, turned by half a turn
-    if flip (winograd.hh)."""
+def winograd_weights(const floating[::1] weights, long rows, long columns, long row_step, long column_step, bint flip):
+    """G w G^T (16, rows, columns), flat, of the 3x3 weights w at row * row_step + column * column_step, turned by half a turn if
+    flip (winograd.hh). Let it go soon: its memory is used again."""
     cdef:
+        long size = 16 * rows * columns
+        Buffer buffer = Buffer("transformed weights", size * sizeof(floating))
         int threads = team(rows, 10. * rows * columns)
         long chunks = chunks_of(rows, threads), c
         const floating *w = &weights[0]
-        floating *o = &out[0]  # OUT
+        floating *o = <floating *>buffer.data
     same_length("weights", weights.shape[0], 9 * rows * columns)
-    same_length("out", out.shape[0], 16 * rows * columns)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.winograd_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, columns, row_step, column_step, flip, w, o)
+    return np.asarray(buffer)[: size * sizeof(floating)].view(np.float32 if sizeof(floating) == 4 else np.float64)
 
 
 def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[::1] grad, bint accumulate):
