@@ -131,10 +131,14 @@ template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, con
         const ints v = (ints)__builtin_ia32_compresssf512_mask((floats)value, floats{}, kept);
         const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)position, ints{}, kept);
         const ints low = SHUFFLE(p, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        const ints high = SHUFFLE(p, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        __builtin_memcpy(out, &low, sizeof low);
-        __builtin_memcpy(out + 8, &high, sizeof high);
-        return __builtin_popcount(kept);
+        const long n = __builtin_popcount(kept);
+        __builtin_memcpy(out, &low, 4 * sizeof *out);
+        if (__builtin_expect(n > 4, 0)) {  // seldom: at 92 % zeros 1.3 are kept; fewer stores cross lines so, 0.95 of the time
+            const ints high = SHUFFLE(p, v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            __builtin_memcpy(out, &low, sizeof low);
+            __builtin_memcpy(out + 8, &high, sizeof high);
+        }
+        return n;
     }
 #endif
     const auto bits = bits_of<T>(value);
@@ -192,7 +196,13 @@ template <class T> struct Unsorted {
         for (long i = 0, total = 0; i < IMAGES; total += counts[i++]) begins[i] = at[i] = (int32_t)total;
         for (const Entry<T> *e = entries; e < entries + n; e++) {
             const uint32_t i = (uint32_t)e->position % IMAGES;
-            out[at[i]++] = entry<E>((int32_t)((uint32_t)e->position / IMAGES + i * image), e->value);
+            const int32_t position = (int32_t)((uint32_t)e->position / IMAGES + i * image);
+            if constexpr (sizeof(E) == 8) {  // as one number
+                uint64_t both;
+                __builtin_memcpy(&both, e, sizeof both);
+                both = both >> 32 << 32 | (uint32_t)position;
+                __builtin_memcpy(out + at[i]++, &both, sizeof both);
+            } else out[at[i]++] = entry<E>(position, e->value);
         }
     }
 };
