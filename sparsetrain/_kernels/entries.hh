@@ -50,51 +50,57 @@ struct RandomBits {
     }
 };
 
-// Calls f(row, column, the 16 values that are used) for the pixels of some rows of a channel; returns how many were clipped.
-// +0 is not used; where pixels are chosen a zero among them is -0.
+// Rows [begin, end) of a channel of some blocks of images.
+struct Rows { long first_block, end_block, channel, begin, end; };
+
+// Calls f(block, row, column, the 16 values that are used) for their pixels; returns how many were clipped. +0 is not used;
+// where pixels are chosen a zero among them is -0.
 template <class T, class F>
-INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &random, View<T> dy, long block, long channel, long begin,
-                        long end, F f) {
-    const long width = s.out_width, first = channel * s.out_height * width;
+INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &random, View<T> dy, const Rows &rows, F f) {
+    const long width = s.out_width, first = rows.channel * s.out_height * width;
     if (how.kind == DITHER) {
         const T unit_out = how.unit, inverse = 1 / how.step, limit = (T)how.limit;
         Values<T> clipped = {};  // exact up to 2^24 pixels
-        const Hashes key = random.key(block);
-        for (long r = begin; r < end; r++) {
-            const T *g = pixel_row(dy, block, channel, r);
-            for (long c = 0; c < width; c++) {
-                const Hashes hash = mix(key ^ random.place(first + r * width + c)) >> 8;
-                const Values<T> unit = __builtin_convertvector((Ints)hash, Values<T>) * T(0x1p-24);
-                Values<T> q = round_down<T>(*(const Values<T> *)(g + c * IMAGES) * inverse + unit);
-                if (limit) {
-                    const Values<T> before = q;
-                    q = q < -limit ? Values<T>{} - limit : q;
-                    q = q > limit ? Values<T>{} + limit : q;
-                    clipped += before != q ? Values<T>{} + 1 : Values<T>{};
+        for (long block = rows.first_block; block < rows.end_block; block++) {
+            const Hashes key = random.key(block);
+            for (long r = rows.begin; r < rows.end; r++) {
+                const T *g = pixel_row(dy, block, rows.channel, r);
+                for (long c = 0; c < width; c++) {
+                    const Hashes hash = mix(key ^ random.place(first + r * width + c)) >> 8;
+                    const Values<T> unit = __builtin_convertvector((Ints)hash, Values<T>) * T(0x1p-24);
+                    Values<T> q = round_down<T>(*(const Values<T> *)(g + c * IMAGES) * inverse + unit);
+                    if (limit) {
+                        const Values<T> before = q;
+                        q = q < -limit ? Values<T>{} - limit : q;
+                        q = q > limit ? Values<T>{} + limit : q;
+                        clipped += before != q ? Values<T>{} + 1 : Values<T>{};
+                    }
+                    f(block, r, c, q * unit_out);
                 }
-                f(r, c, q * unit_out);
             }
         }
         long n = 0;
         for (long i = 0; limit && i < IMAGES; i++) n += (long)clipped[i];
         return n;
     }
-    const Values<T> real = real_images<T>(block, s.images);
-    Values<T> threshold = {};
-    if (how.thresholds) threshold = *(const Values<T> *)(how.thresholds + block * IMAGES);
-    for (long r = begin; r < end; r++) {
-        const T *g = pixel_row(dy, block, channel, r);
-        const T *chosen = how.chosen ? how.chosen + (block * s.out_height + r) * width * IMAGES : nullptr;
-        const T *base = how.base ? how.base + first + r * width : nullptr;
-        for (long c = 0; c < width; c++) {
-            Values<T> v = *(const Values<T> *)(g + c * IMAGES);
-            if (chosen) {
-                v = v == 0 ? -Values<T>{} : v;
-                f(r, c, *(const Values<T> *)(chosen + c * IMAGES) == 0 ? Values<T>{} : v);
-                continue;
+    for (long block = rows.first_block; block < rows.end_block; block++) {
+        const Values<T> real = real_images<T>(block, s.images);
+        Values<T> threshold = {};
+        if (how.thresholds) threshold = *(const Values<T> *)(how.thresholds + block * IMAGES);
+        for (long r = rows.begin; r < rows.end; r++) {
+            const T *g = pixel_row(dy, block, rows.channel, r);
+            const T *chosen = how.chosen ? how.chosen + (block * s.out_height + r) * width * IMAGES : nullptr;
+            const T *base = how.base ? how.base + first + r * width : nullptr;
+            for (long c = 0; c < width; c++) {
+                Values<T> v = *(const Values<T> *)(g + c * IMAGES);
+                if (chosen) {
+                    v = v == 0 ? -Values<T>{} : v;
+                    f(block, r, c, *(const Values<T> *)(chosen + c * IMAGES) == 0 ? Values<T>{} : v);
+                    continue;
+                }
+                if (base) v -= base[c] * real;
+                f(block, r, c, (v <= threshold) & (v >= -threshold) ? Values<T>{} : v);  // NaN is used: it must show
             }
-            if (base) v -= base[c] * real;
-            f(r, c, (v <= threshold) & (v >= -threshold) ? Values<T>{} : v);  // NaN is used: it must show
         }
     }
     return 0;
@@ -212,10 +218,11 @@ template <class T, class E>
 void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long begin, long end, E *entries, int64_t *starts,
               int64_t *clipped, Entry<T> *scratch) {
     FlushToZero flush;
-    const Slabs s = *slabs;  // a copy: what is written cannot change it
-    const long row_step = s.stride[0] * s.row, step = s.stride[1] * s.width;
+    const Slabs s = *slabs;  // copies: what is written cannot change them
+    const Sparsifier<T> h = *how;
+    const long row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, together = s.group < IMAGES ? 1 : s.group / IMAGES;
     const Ints lanes = LANES * (int32_t)s.image;
-    RandomBits random(how->seed);
+    RandomBits random(h.seed);
     // Side by side, although their number is not known: 8 % of the room for all values would be new lines every time.
     long n = begin * (s.capacity + IMAGES);
     for (long plane = begin; plane < end; plane++) {
@@ -225,22 +232,24 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
         clipped[plane] = 0;
         for (long band = 0; band < s.bands; band++) {
             const long top = band_begin(s, band), bottom = band_begin(s, band + 1);
-            for (long b = 0; b < s.span; b++) {
-                if (b * IMAGES % s.group == 0) *start = n, start += s.out_channels;
+            for (long b = 0; b < s.span; b += together) {
+                *start = n, start += s.out_channels;
                 if (b >= blocks) continue;
-                const long image = b * IMAGES * s.image - top * row_step;
-                const auto position = [=](long r, long c) { return (int32_t)(image + r * row_step + c * step); };
+                const Rows rows = {first + b, first + (b + together < blocks ? b + together : blocks), channel, top, bottom};
+                const auto position = [=](long block, long r, long c) {
+                    return (int32_t)((block - first) * IMAGES * s.image + (r - top) * row_step + c * step);
+                };
                 if (s.group >= IMAGES) {
-                    clipped[plane] += used_values(s, *how, random, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
-                        n += append(entries + n, v, lanes + position(r, c));
+                    clipped[plane] += used_values(s, h, random, dy, rows, [&](long block, long r, long c, const Values<T> &v) {
+                        n += append(entries + n, v, lanes + position(block, r, c));
                     });
                     continue;
                 }
                 Unsorted<T> found = {scratch};
                 int32_t begins[IMAGES];
-                clipped[plane] += used_values(s, *how, random, dy, first + b, channel, top, bottom, [&](long r, long c, const Values<T> &v) {
+                clipped[plane] += used_values(s, h, random, dy, rows, [&](long block, long r, long c, const Values<T> &v) {
                     __builtin_prefetch(entries + n + found.n, 1);  // where sort() will write: 13 % of all
-                    found.add(v, position(r, c));
+                    found.add(v, position(block, r, c));
                 });
                 found.sort(entries + n, (int32_t)s.image, begins);
                 for (long i = s.group; i < IMAGES; i += s.group) *start = n + begins[i], start += s.out_channels;
@@ -340,7 +349,8 @@ void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> 
         const long block = plane / slabs->out_channels, channel = plane % slabs->out_channels;
         const Values<T> real = real_images<T>(block, slabs->images);
         Values<T> n = {};  // exact up to 2^24 pixels
-        clipped[plane] = used_values(*slabs, *how, random, dy, block, channel, 0, slabs->out_height, [&](long r, long c, const Values<T> &v) {
+        const Rows rows = {block, block + 1, channel, 0, slabs->out_height};
+        clipped[plane] = used_values(*slabs, *how, random, dy, rows, [&](long, long r, long c, const Values<T> &v) {
             const long place = (channel * slabs->out_height + r) * slabs->out_width + c;
             *(Values<T> *)(pixel_row(out, block, channel, r) + c * IMAGES) = how->base ? v + how->base[place] * real : v;
             n += bits_of<T>(v) != 0 ? Values<T>{} + 1 : Values<T>{};
