@@ -216,7 +216,9 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
 
 def _winograd(x, y, grid, rows, channels, transform, run, tasks):
     """The Pass that writes y, `run` tiles of 2 x 2 pixels at once; grid: that of the pixels; transform: as of Pass."""
-    extent, line = winograd.tiles(grid.extent), Grid((1, 1, run), (1, 1), (0, 0))
+    extent = winograd.tiles(grid.extent)
+    run = min(run, math.prod(extent))
+    line = Grid((1, 1, run), (1, 1), (0, 0))
     _, (_, _, run_tile), group = choose_tile(
         line, rows, channels, rows * channels, core.tile_limits()[2], ROWS_AT_ONCE, x.array.itemsize
     )
@@ -321,7 +323,6 @@ def forward(structure, geometry, x, y, tasks=TASKS, times=1):
 def input_gradient(structure, geometry, dy, dx, tasks=TASKS, times=1):
     """The Passes that together write dx = W^T dy: one for each phase of the strides. times: as of forward()."""
     out, per_group, kernel_h, kernel_w = (*structure.shape, 1, 1)[:4]
-    row, channel, kh, kw = _entries(structure, geometry)
     (sh, sw), (dh, dw), (ph, pw) = geometry.stride, geometry.dilation, geometry.padding
     taps, n_channels = kernel_h * kernel_w, dx.array.shape[1]
     blocks, _, height, width, _ = dx.array.shape
@@ -329,6 +330,7 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS, times=1):
     run = _winograd_run(structure, geometry, around, n_channels, out, dy, times)
     if run:
         return [_winograd(dy, dx, around, n_channels, out, (n_channels, out, 9, 9 * n_channels, True), run, tasks)]
+    row, channel, kh, kw = _entries(structure, geometry)
     if row is None:  # the entries of any one row of W^T: all output channels
         oc = np.repeat(np.arange(out), taps)
         kh, kw = np.tile(kh[:taps], out), np.tile(kw[:taps], out)

@@ -15,7 +15,7 @@ from sparsetrain import choices, cli, nn
 from sparsetrain._kernels import core
 from sparsetrain.record import record
 
-KINDS = {"tile", "dense gradient tile", "gradient parts", "bands", "band parts"}
+KINDS = {"winograd", "tile", "dense gradient tile", "gradient parts", "bands", "band parts"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +27,18 @@ def no_choices():
 
 
 def net():
-    """A sparse convolution by bands, a dense one, and a linear layer."""
+    """A sparse convolution by bands, two dense ones, of which the second has stride 1, and a linear layer."""
     st.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1),
         nn.Flatten(),
         nn.Linear(8 * 36, 5),
     )
-    return st.sparsify(model, 0.5, "random", exclude=["3", "5"])
+    return st.sparsify(model, 0.5, "random", exclude=["3", "4", "6"])
 
 
 X = np.random.default_rng(0).standard_normal((20, 3, 12, 12)).astype(np.float32)
@@ -110,6 +111,8 @@ def pin(entry):
             said["tile"] = [1, 2, 1]
     elif entry["choice"] == "bands":
         said |= {"run": 5, "rows": 3} if about["height"] >= 5 else {"run": 1, "rows": 1}
+    elif entry["choice"] == "winograd":
+        said["run"] = 3
     else:
         said["parts"] = max(1, said["parts"] // 2)
 
@@ -127,8 +130,10 @@ def test_what_is_pinned_is_used_and_gives_the_same_results(isa, tmp_path):
         pinned = run(model)  # plans that were made before do not count
     bands = [plan for plan in plans if isinstance(plan, core.BandPlan)]
     assert bands and all((plan.run, plan.rows) == (5, 3) for plan in bands)
-    # (1, 1, 1): the weight gradient of the dense one
-    assert {plan.tile for plan in plans if isinstance(plan, core.Plan)} == {(1, 2, 1), (1, 1, 1)}
+    products = [plan for plan in plans if isinstance(plan, core.Plan)]
+    assert {(plan.run, plan.tile) for plan in products if plan.run} == {(3, (1, 1, 3))}
+    # (1, 1, 1): the weight gradients of the dense ones
+    assert {plan.tile for plan in products if not plan.run} == {(1, 2, 1), (1, 1, 1)}
     for a, b in zip(pinned, expected, strict=True):
         ref.assert_close(a, b, 20 * 12 * 12, 20)
 
@@ -173,6 +178,8 @@ def case(kind, **of):
         ("tile", {"group": True}, "group is True, must be a whole number"),
         ("tile", {"limit": 99}, "limit is 99, on "),
         ("tile", {"other": 1}, "is has order, tile, group, other, must have order, tile, group"),
+        ("winograd", {"run": 9}, "run is 9, must be in [0, 8]"),
+        ("winograd", {"output": [1, 2]}, "output is [1, 2], must be 3 whole numbers"),
         ("dense gradient tile", {"tile": [1, 13, 1]}, "tile is (1, 13, 1), must be (1, R, W) with R <= "),
         ("dense gradient tile", {"group": 0}, "group is 0"),
         ("gradient parts", {"parts": 0}, "parts is 0, must be in [1, "),

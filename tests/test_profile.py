@@ -121,6 +121,31 @@ def test_rows_of_a_fused_net():
     assert rows["7", "forward"].kernel.startswith("dense, ") and rows["7", "forward"].bands is None
 
 
+def test_winograd_needs_fewer_operations():
+    st.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(32, 64, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.Conv2d(64, 32, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    x = np.random.default_rng(0).standard_normal((16, 32, 16, 16)).astype(np.float32)
+    profile = st.profile(model, x, repeats=1)
+    rows = by_pass(profile)
+    peak = 1e9 * bench_runs.LIMITS["fma_gflops"]
+    for (layer, part), rate in {
+        ("0", "forward"): 2.25,
+        ("2", "forward"): 2.25,
+        ("2", "weight gradient"): 1,
+        ("2", "input gradient"): 2.25,
+    }.items():
+        row = rows[layer, part]
+        assert row.kernel.endswith("Winograd") == (rate > 1)
+        assert row.least_seconds == pytest.approx(row.operations / rate / peak)
+    assert "8 of 2x2 64c" in str(profile)
+
+
 def test_rows_of_the_same_net_unfused():
     profile = st.profile(conv_net(), X, repeats=1, unfused=True)
     rows = by_pass(profile)

@@ -60,7 +60,7 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &ra
     const long width = s.out_width, first = rows.channel * s.out_height * width;
     if (how.kind == DITHER) {
         const T unit_out = how.unit, inverse = 1 / how.step, limit = (T)how.limit;
-        Values<T> clipped = {};  // exact up to 2^24 pixels
+        Values<T> clipped = {};  // exact up to 2^24 pixels of all blocks
         for (long block = rows.first_block; block < rows.end_block; block++) {
             const Hashes key = random.key(block);
             for (long r = rows.begin; r < rows.end; r++) {

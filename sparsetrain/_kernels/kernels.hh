@@ -45,7 +45,7 @@ template <class T> struct Product {
     // What to fetch of x for a tile: tile[i] * pixels[i] + overlap[i] pixels on axis i, pixel[i] elements apart, from
     // x + origin on
     long pixels[3], overlap[3], pixel[3], origin, x_channel, channels;
-    const T *values;         // in a sparse layer one an entry
+    const T *values;         // in a sparse layer one an entry; see run
     long row_step;
     const T *bias;           // or null
     bool accumulate, relu;   // add to y; what is below zero becomes zero
@@ -148,7 +148,7 @@ struct Windows {
 };
 
 template <class T> struct Kernels {
-    // One task is one tile of one chunk of rows; scratch holds rows * tile[1] * tile[2] * 16 elements.
+    // One task is one tile of one chunk of rows; scratch holds what Plan.scratch_size() of product.pxi says.
     void (*spmm)(const Product<T> *, long task, T *scratch);
     // (16, rows, columns) of winograd.hh, for rows [begin, end)
     void (*winograd_weights)(long begin, long end, long rows, long columns, long row_step, long column_step, bool flip,

@@ -30,7 +30,7 @@ cdef class Buffer:
 
     @property
     def __array_interface__(self):
-        """With it np.asarray(buffer) are its bytes, and keep it."""
+        """np.asarray(buffer) is its bytes and keeps it alive."""
         return {"version": 3, "typestr": "|u1", "shape": (len(self.memory.raw),), "data": (<size_t>self.data, False)}
 
     def __dealloc__(self):

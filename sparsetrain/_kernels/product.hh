@@ -1,6 +1,6 @@
 // Stored weights times a blocked array (spmm), and the gradient of the stored weights (sddmm).
 //
-// Every layer and every pass is one of these two. A tile of R x W positions of 16 images stays in
+// Every layer and every pass is one of these two (a dense 3x3 convolution may be 16 of them, winograd.hh). A tile of R x W positions of 16 images stays in
 // registers while the weights of a row stream by; each weight is one offset and one value, so the
 // pattern of zeros, the kernel size, stride, padding, dilation and groups never reach this file.
 // Source: SparseProp, arXiv 2302.04852, section 3 (the batch as the vector); it reloads and stores the
@@ -342,8 +342,17 @@ template <class T> INLINE void fetch_dy(Ahead<T> &ahead, const Product<T> &a, co
     ahead.add(a.y + distance(t.first, a.y_step), a.rows, t.size[1], t.size[2], a.y_channel, a.y_step[1], a.y_step[2]);
 }
 
-template <class T> INLINE void fetch_y(Ahead<T> &ahead, const Product<T> &a, const Tile &t) {
-    ahead.add(a.y + distance(t.first, a.y_step), a.rows, 2 * t.size[1], 2 * t.size[2], a.y_channel, a.y_step[1] / 2, IMAGES, true);
+// The rows of a chunk of a dense layer.
+template <class T> INLINE long first_row(const Product<T> &a, long chunk) { return a.segments[a.chunks[chunk]].row; }
+template <class T> INLINE long end_row(const Product<T> &a, long chunk) {
+    const long end = a.segments[a.chunks[chunk + 1] - 1].row + ROWS_AT_ONCE;
+    return end < a.rows ? end : a.rows;
+}
+// What a tile of winograd.hh will write.
+template <class T> INLINE void fetch_y(Ahead<T> &ahead, const Product<T> &a, long chunk, const Tile &t) {
+    const long row = first_row(a, chunk);
+    ahead.add(a.y + row * a.y_channel + distance(t.first, a.y_step), end_row(a, chunk) - row, 2 * t.size[1], 2 * t.size[2], a.y_channel,
+              a.y_step[1] / 2, IMAGES, true);
 }
 
 template <class T> void tiles_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead) {
@@ -375,7 +384,7 @@ template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
     Ahead<T> ahead;
     const bool transformed = !whole_numbers<T> && a->run;
     if ((a->rows_at_once == 1 || transformed) && number + 1 < n) fetch_x(ahead, *a, cut(*a, number + 1));
-    if (transformed && number + 1 < n) fetch_y(ahead, *a, cut(*a, number + 1));
+    if (transformed && number + 1 < n) fetch_y(ahead, *a, chunk, cut(*a, number + 1));
     ahead.spread_over(n_segments(*a, chunk) * (transformed ? winograd_tiles(*a) / n : 1));
     spmm_task(*a, chunk, cut(*a, number), scratch, ahead);
     if (a->far) finish_stores();

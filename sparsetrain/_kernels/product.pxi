@@ -139,7 +139,7 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         same_length("bias", bias.shape[0], plan.rows)
     a.values = &values[0] if plan.n_values else NULL
     a.bias = &bias[0] if bias is not None else NULL
-    a.accumulate, a.relu, a.far = accumulate, relu, is_far(y) and not accumulate
+    a.accumulate, a.relu, a.far = accumulate, relu, is_far(y) and not accumulate and not plan.run
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.spmm(&a, i, s + each * threadid())
 

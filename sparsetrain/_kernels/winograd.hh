@@ -2,7 +2,7 @@
 //
 //     y = A^T [ sum over c of  (G w G^T) * (B^T x B) ] A     for each tile of 2 x 2 pixels of y and 4 x 4 of x
 //
-// Each of the 16 products is one of a 1x1 layer whose pixels are tiles: spmm_task() of product.hh on scratch that stays
+// Each of the 16 products is one of a 1x1 layer whose pixels are tiles: tiles_task() of product.hh on scratch that stays
 // in L2. With images as the vector B and A are plain additions. A row of the 4 x 4 is taken at a time, so that the
 // scratch holds four values a tile and channel.
 // Source: Lavin & Gray, arXiv 1509.09308, F(2x2, 3x3).
@@ -88,8 +88,7 @@ template <class T> long winograd_tiles(const Product<T> &a) {
 // One task of the product: some tiles for a chunk of rows. scratch: Plan.scratch_size() of core.pyx.
 template <class T> void winograd_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead) {
     const long all = t.size[0] * t.size[1] * t.size[2], runs = (all + a.run - 1) / a.run, channel = (a.run | 1) * IMAGES;
-    const Segment *first = a.segments + a.chunks[chunk], *last = a.segments + a.chunks[chunk + 1] - 1;
-    const long begin = first->row, end = last->row + ROWS_AT_ONCE < a.rows ? last->row + ROWS_AT_ONCE : a.rows;
+    const long begin = first_row(a, chunk), end = end_row(a, chunk);
     const long v_column = a.channels * channel, m_column = a.rows * channel;
     T *v = scratch, *m = v + 4 * v_column, *sums = m + 4 * m_column;
     Product<T> p = a;  // a run as the pixels of one row of one block
@@ -118,6 +117,7 @@ template <class T> void winograd_task(const Product<T> &a, long chunk, const Til
 template <class T>
 void winograd_weights(long begin, long end, long rows, long columns, long row_step, long column_step, bool flip, const T *weights,
                       T *out) {
+    FlushToZero flush;
     constexpr int L = Vec<T>::lanes;
     for (long row = begin; row < end; row++)
         for (long c = 0; c < columns; c += L) {

@@ -203,6 +203,12 @@ def test_the_kernel_that_is_faster_is_used(density, sparsity, groups, expected):
     assert sparse_gradient.skips(layer.weight, layer.geometry, density) == expected
 
 
+def test_dense_kernels_with_a_transform_are_faster_for_longer():
+    for stride, expected in ((1, False), (2, True)):
+        layer = nn.Conv2d(64, 64, 3, stride=stride)
+        assert sparse_gradient.skips(layer.weight, layer.geometry, 0.45) == expected
+
+
 class Watched(Method):
     """Uses what is not zero; keeps what each pass used."""
 

@@ -15,6 +15,7 @@ import sparsetrain as st
 from sparsetrain import arrays, ops, plans, winograd
 from sparsetrain._kernels import core
 from sparsetrain.arrays import IMAGES
+from sparsetrain.record import record
 from sparsetrain.sparse import Parameter, SparseParameter
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -270,7 +271,10 @@ def test_winograd(name, run, dtype, isa, poison, monkeypatch):
             np.testing.assert_array_equal(a, b)
     x, _, w, _, bias = WINOGRAD[name].operands(dtype)
     geometry = WINOGRAD[name].geometry
-    y = ops.conv2d(activation(x, geometry.padding), Parameter(w), Parameter(bias), geometry, relu=True)
+    plans_run = []
+    with record(lambda found: plans_run.extend(plan.run for plan in found.plans)):
+        y = ops.conv2d(activation(x, geometry.padding), Parameter(w), Parameter(bias), geometry, relu=True)
+    assert 0 < plans_run[0] <= run  # not more tiles than there are
     np.testing.assert_array_equal(arrays.unpack(y), ref.relu(ref.conv2d(x, w, bias, padding=geometry.padding)))
 
 

@@ -10,6 +10,7 @@ import sparsetrain as st
 from sparsetrain import nn, ops, winograd
 from sparsetrain._kernels import core
 from sparsetrain.nn import convnorm
+from sparsetrain.record import record
 
 
 def conv_norm(channels, out, kernel=3, **options):
@@ -114,9 +115,19 @@ def test_is_what_the_layers_one_by_one_give(name, sparsity, isa, bands):
 
 @pytest.mark.parametrize("name", NETS)
 def test_winograd_in_bands(name, isa, bands, monkeypatch):
-    monkeypatch.setattr(winograd, "choose_run", lambda *_: core.MAX_RUN)
     fused = net(name, 0)
-    same_step(fused, copy.deepcopy(fused))
+    with nn.unfused():
+        wanted = step(copy.deepcopy(fused))
+    ran = []
+    monkeypatch.setattr(winograd, "choose_run", lambda *_: core.MAX_RUN)
+    with record(lambda run: ran.extend(p for p in run.plans if isinstance(p, core.BandPlan))):
+        got = step(fused)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1, np.abs(b).max()))
+    fits = any(
+        winograd.fits(m.weight.shape[2:], m.geometry) for _, m in fused.named_modules() if isinstance(m, nn.Conv2d)
+    )
+    assert any(plan.forward.run == core.MAX_RUN for plan in ran if plan.forward) == fits
     assert bands["forward"] and bands["backward"]
 
 
