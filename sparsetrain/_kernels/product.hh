@@ -1,6 +1,7 @@
 // Stored weights times a blocked array (spmm), and the gradient of the stored weights (sddmm).
 //
-// Every layer and every pass is one of these two (a dense 3x3 convolution may be 16 of them, winograd.hh). A tile of R x W positions of 16 images stays in
+// Every layer and every pass is one of these two (a dense 3x3 convolution may be 16 of them, winograd.hh).
+// A tile of R x W positions of 16 images stays in
 // registers while the weights of a row stream by; each weight is one offset and one value, so the
 // pattern of zeros, the kernel size, stride, padding, dilation and groups never reach this file.
 // Source: SparseProp, arXiv 2302.04852, section 3 (the batch as the vector); it reloads and stores the

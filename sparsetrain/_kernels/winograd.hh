@@ -85,7 +85,7 @@ template <class T> long winograd_tiles(const Product<T> &a) {
     return 16 * (a.extent[0] * a.extent[1] * a.extent[2] + a.run_tile - 1) / a.run_tile;
 }
 
-// One task of the product: some tiles for a chunk of rows. scratch: Plan.scratch_size() of core.pyx.
+// One task of the product: some tiles for a chunk of rows. scratch: Plan.scratch_size() of product.pxi.
 template <class T> void winograd_task(const Product<T> &a, long chunk, const Tile &t, T *scratch, Ahead<T> &ahead) {
     const long all = t.size[0] * t.size[1] * t.size[2], runs = (all + a.run - 1) / a.run, channel = (a.run | 1) * IMAGES;
     const long begin = first_row(a, chunk), end = end_row(a, chunk);
