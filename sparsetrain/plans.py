@@ -79,7 +79,7 @@ def _segments(rows, groups, chunks, every_row=True):
 
     rows and groups: of each entry, rows ascending and groups ascending within a row. chunks: the row at which
     each chunk begins, and the end. Rows without entries get an empty run if every_row.
-    Returns segments (n, 4) and the bounds of the chunks in them, both int32.
+    Returns segments (n, 5), as in kernels.hh, and the bounds of the chunks in them, both int32.
     """
     n = len(rows)
     new = np.flatnonzero(np.r_[True, (np.diff(rows) != 0) | (np.diff(groups) != 0)]) if n else np.zeros(0, int)
@@ -94,8 +94,21 @@ def _segments(rows, groups, chunks, every_row=True):
     count, flags = np.r_[count, blank], np.r_[flags, blank + (FIRST | LAST)]
     chunk = np.searchsorted(chunks, row, side="right") - 1
     order = np.lexsort((row, group, chunk))
-    segments = np.stack([row, new, count, flags], axis=1)[order].astype(np.int32)
+    segments = np.stack([row, new, new, count, flags], axis=1)[order].astype(np.int32)
     return segments, np.searchsorted(chunk[order], np.arange(len(chunks))).astype(np.int32)
+
+
+def _as_met(segments):
+    """The order in which runs meet the entries; each run's first one becomes its place in that order, its value stays.
+
+    Offsets are read one after the other so: lists that lie by rows, of which a group has some 100 bytes each, come in
+    parts of lines from L2 and L3. 3x3 layers at 80 and 90 % take 0.91 to 0.99 of the time (2 threads, AVX-512).
+    """
+    first, count = segments[:, 1], segments[:, 3]
+    met = np.cumsum(count) - count
+    order = np.repeat(first - met, count) + np.arange(count.sum())
+    segments[:, 1] = met
+    return order
 
 
 def _dense_segments(rows, groups, pieces):
@@ -207,6 +220,10 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
         segments, bounds, _ = _dense_segments(rows, groups, pieces)
     else:
         segments, bounds = _segments(entry_row, groups, _cut_rows(np.bincount(entry_row, minlength=rows), pieces))
+        met = _as_met(segments)
+        offsets = offsets[met]
+        if source is not None:  # the values are sorted anyway
+            source, segments[:, 2] = source[met], segments[:, 1]
     plan = _plan(
         x, y, grid, tile, order, group, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights,
         source if dense else None, row_step,
@@ -394,6 +411,7 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
         indptr = structure.csr()[0]
         chunks = _cut_rows(np.diff(indptr), tasks // parts)
         segments, bounds = _segments(row, channel // group, chunks, every_row=False)
+        offsets = offsets[_as_met(segments)]
         first_value = indptr[chunks]
     return _plan(
         x, dy, grid, tile, order, group, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,

@@ -20,6 +20,7 @@ struct Shape {
 struct Segment {
     int32_t row;    // the first of the rows
     int32_t entry;  // offsets[entry] and the next count - 1 say where they read x
+    int32_t value;  // in a sparse layer values[value] and the next count - 1 are theirs
     int32_t count;
     int32_t flags;  // FIRST, LAST
 };
@@ -45,7 +46,7 @@ template <class T> struct Product {
     // What to fetch of x for a tile: tile[i] * pixels[i] + overlap[i] pixels on axis i, pixel[i] elements apart, from
     // x + origin on
     long pixels[3], overlap[3], pixel[3], origin, x_channel, channels;
-    const T *values;         // in a sparse layer one an entry; see run
+    const T *values;         // see run
     long row_step;
     const T *bias;           // or null
     bool accumulate, relu;   // add to y; what is below zero becomes zero

@@ -83,7 +83,7 @@ void spmm_tile(const Product<T> &a, const T *x, T *y, T *scratch, const Segment 
             const T *xl = x + lane, *value[U];
             // Past the last row: the last one again, its sums are dropped.
             UNROLL for (int u = 0; u < U; u++)
-                value[u] = a.values + (U == 1 ? s->entry : (s->row + u < a.rows ? s->row + u : a.rows - 1) * a.row_step);
+                value[u] = a.values + (U == 1 ? s->value : (s->row + u < a.rows ? s->row + u : a.rows - 1) * a.row_step);
             T *out = y + s->row * a.y_channel + lane;
             if (s->flags & FIRST) {
                 UNROLL for (int u = 0; u < U; u++) {
@@ -147,7 +147,7 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++)
                 g[r][w] = load(in + r * a.y_step[1] + w * a.y_step[2]);
             const int32_t *offset = a.offsets + s->entry;
-            T *dv = dvalues + s->entry;
+            T *dv = dvalues + s->value;
             auto places = look_ahead<const T>([&](long i) { return xl + offset[i]; });
             const auto dot = [&](const T *row) __attribute__((always_inline)) {
                 V<T> acc = {}, half = {};

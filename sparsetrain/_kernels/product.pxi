@@ -5,7 +5,7 @@ cdef class Plan:
 
     offsets int32: elements from a position of x to what an entry reads, then STEPS zeros.
     places int32 or None: where the values of the entries lie in the first row of a dense layer, row_step before those of the
-    next. segments int32 (n, 4): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
+    next. segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
     first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
     (block, channel, row) each, that the offsets and the tiling were made for. group: channels of x in a segment.
     order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
