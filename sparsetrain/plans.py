@@ -15,9 +15,10 @@ from sparsetrain import winograd
 from sparsetrain._kernels import core
 from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE, STEPS
 from sparsetrain.choices import kept
-from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
+from sparsetrain.tiles import choose_tile, dense_gradient_tile
 
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
+L2_BYTES = 600 << 10  # of 1 MB, which other things need too
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
     at_once = ROWS_AT_ONCE if dense else 1
     weights = len(offsets) * (rows if dense else 1)
     order, tile, group = choose_tile(
-        grid, rows, channels, weights, dense_limit if dense else limit, at_once, x.array.itemsize
+        grid, rows, channels, weights, dense_limit if dense else limit, at_once, x.array.itemsize, False
     )
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
     pieces = -(-tasks // tiles)
@@ -237,7 +238,7 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
     run = min(run, math.prod(extent))
     line = Grid((1, 1, run), (1, 1), (0, 0))
     _, (_, _, run_tile), group = choose_tile(
-        line, rows, channels, rows * channels, core.tile_limits()[2], ROWS_AT_ONCE, x.array.itemsize
+        line, rows, channels, rows * channels, core.tile_limits()[2], ROWS_AT_ONCE, x.array.itemsize, False
     )
     tile = winograd.task_tile(extent, run)
     tiles = math.prod(-(-n // size) for n, size in zip(extent, tile, strict=True))
@@ -399,7 +400,8 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
     if row is None:
         order, tile, group = dense_gradient_tile(grid, channels, x.array.itemsize)
     else:
-        order, tile, group = choose_tile(grid, out, channels, weights, core.tile_limits()[1], 1, x.array.itemsize)
+        limit = core.tile_limits()[1]
+        order, tile, group = choose_tile(grid, out, channels, weights, limit, 1, x.array.itemsize, True)
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
     at_once = ROWS_AT_ONCE if row is None else 1
     blocks = -(-out // at_once)

@@ -6,13 +6,12 @@ from itertools import product
 from sparsetrain._kernels import core
 from sparsetrain.choices import kept
 
-# How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB) and the L2 (1 MB),
-# and over how much more the share that misses rises to all.
-L1_BYTES, L1_RISE = 40 << 10, 24 << 10
-L2_BYTES, L2_RISE = 600 << 10, 400 << 10
-# The same for all groups together: past it what was fetched ahead has left the L2 before the tile uses it, since the
-# sums of all rows and what is fetched for the next tile are there too.
-AHEAD_BYTES, AHEAD_RISE = 150 << 10, 200 << 10
+# How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB), and over how much
+# more the share that misses rises to all.
+L1_BYTES, L1_RISE = 32 << 10, 120 << 10
+# The same for all groups together: past it what was fetched ahead has left the L2 (1 MB) before the tile uses it, since
+# the sums of all rows and what is fetched for the next tile are there too.
+AHEAD_BYTES, AHEAD_RISE = 80 << 10, 320 << 10
 
 ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))
 _GRID = ("extent", "taps", "x_pixels")
@@ -44,15 +43,16 @@ def _check_tile(isa, about, says):
 
 @kept(
     "tile",
-    about=(*_GRID, "rows", "channels", "weights", "limit", "rows_at_once", "itemsize"),
+    about=(*_GRID, "rows", "channels", "weights", "limit", "rows_at_once", "itemsize", "gradient"),
     says=("order", "tile", "group"),
     check=_check_tile,
 )
-def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
+def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize, gradient):
     """(order, tile, channels of a group) with the least estimated time.
 
     rows and channels are those of the output and the input of the product, weights its number of stored
-    weights, limit the positions that the registers hold. order says which axes of `grid` the tile's are.
+    weights, limit the positions that the registers hold; gradient: whether it is that of the weights. order says which
+    axes of `grid` the tile's are.
     """
     groups = sorted({-(-channels // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)})
     best = None
@@ -70,6 +70,7 @@ def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
             for group in groups:
                 time = tiles * _tile_time(
                     positions,
+                    r,
                     lines,
                     columns,
                     rows / rows_at_once,
@@ -78,35 +79,35 @@ def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize):
                     weights / rows_at_once,
                     rows_at_once,
                     itemsize,
+                    gradient,
                 )
                 if best is None or time < best[0]:
                     best = time, order, (1, r, w), group
     return best[1:]
 
 
-def _tile_time(positions, lines, columns, blocks, channels, group, entries, rows_at_once, itemsize):
-    """Estimated cycles of a tile, which reads lines x columns pixels of each input channel.
+def _tile_time(positions, r, lines, columns, blocks, channels, group, entries, rows_at_once, itemsize, gradient):
+    """Estimated cycles of a tile with r rows of positions, which reads lines x columns pixels of each input channel.
 
     blocks: of rows_at_once output rows; entries: in all of them together.
 
-    The form is by reasoning; the factors are set so that the choice among 8656 timed tiles (up to 91 of each
-    convolution of bench/shapes/layers.txt and resnet20.txt and of a linear layer at five sparsities from 0.5 to 0.99,
-    forward and weight gradient; 2 cores of a Zen 5, AVX-512) takes on average 1.03 of the time of the best three, at
-    most 1.25. Dense products were not among them; on 18 layers its choice for them is within 3 % of that of a fit with
-    them.
+    The form is by reasoning; the factors are set by 17,000 timed tiles (up to 52 of each of 21 layers at sparsities from
+    0.5 to 0.98, forward and weight gradient; 2 cores of a Zen 5, AVX-512), once run over and over, once in turn with
+    the layer's other tiles, whose weights push theirs out of the caches: the choice takes on average 1.04 and 1.02 of
+    the time of the best three. Dense products were not among them.
     """
     width = itemsize / 4
-    multiply = entries * max(positions * rows_at_once * width / 2, 4)  # 4 cycles: the latency of one FMA
+    multiply = entries * max(positions * rows_at_once * width / 2, 2.7)
+    read_entries = entries * (0.5 + 0.3 * (r - 1) if gradient else 1.4 + 0.1 * (r - 1))
     runs = blocks * -(-channels // group)
     segments = runs * (1 - math.exp(-entries / runs))  # runs that have a weight at all
     unfinished = max(0.0, segments - blocks) * positions * rows_at_once * width
     touched = lines * columns * group * 16 * itemsize
-    loads = entries * positions * width
-    misses = loads * (0.33 * _share(touched, L1_BYTES, L1_RISE) + 1.5 * _share(touched, L2_BYTES, L2_RISE))
+    misses = 0.4 * entries * positions * width * _share(touched, L1_BYTES, L1_RISE)
     late = _share(touched * channels / group, AHEAD_BYTES, AHEAD_RISE)
-    # 11: short lines leave the prefetcher behind.
-    read = channels * lines * (11 + columns * width * (0.3 + 6.6 * late))
-    return multiply + entries + 4.6 * segments + 3.3 * unfinished + misses + read
+    # 28: short lines leave the prefetcher behind.
+    read = channels * lines * (28 + columns * width * (0.2 + 8.8 * late))
+    return multiply + read_entries + 16.5 * segments + 1.9 * unfinished + misses + read
 
 
 def _share(size, begin, rise):

@@ -65,7 +65,8 @@ def test_every_choice_is_kept_by_what_it_depends_on(tmp_path):
     assert {entry["isa"] for entry in found["choices"]} == {st.get_isa()}
     (first, *_) = (e for e in found["choices"] if e["choice"] == "tile" and e["for"]["extent"] == [2, 6, 6])
     assert first["for"].keys() == {
-        *("extent", "taps", "x_pixels", "rows", "channels", "weights", "limit", "rows_at_once", "itemsize")
+        *("extent", "taps", "x_pixels", "rows", "channels", "weights", "limit", "rows_at_once", "itemsize"),
+        "gradient",
     }
     assert first["is"].keys() == {"order", "tile", "group"}
 

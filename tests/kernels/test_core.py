@@ -208,11 +208,12 @@ def test_every_tile_of_a_linear_layer(sparse, isa, monkeypatch):
 
 def test_what_choose_tile_returns_has_been_compiled(isa):
     """For layers of all sizes, so that the tests of tiles above have seen it."""
-    for limit, at_once in zip(core.tile_limits(), (1, 1, plans.ROWS_AT_ONCE), strict=True):
+    kinds = (1, False), (1, True), (plans.ROWS_AT_ONCE, False)
+    for limit, (at_once, gradient) in zip(core.tile_limits(), kinds, strict=True):
         known = set(tiles(limit))
         for blocks, size, channels, weights in product((1, 2, 8), (1, 4, 7, 32), (3, 512), (0, 100, 100_000)):
             grid = plans.Grid((blocks, size, size), (3, 3), (-1, -1))
-            order, tile, group = plans.choose_tile(grid, 64, channels, weights, limit, at_once, 4)
+            order, tile, group = plans.choose_tile(grid, 64, channels, weights, limit, at_once, 4, gradient)
             assert sorted(order) == [0, 1, 2] and tile[0] == 1 and tile[1:] in known
             assert 1 <= group <= channels
 
