@@ -91,10 +91,10 @@ def _tile_time(positions, r, lines, columns, blocks, channels, group, entries, r
 
     blocks: of rows_at_once output rows; entries: in all of them together.
 
-    The form is by reasoning; the factors are set by 17,000 timed tiles (up to 52 of each of 21 layers at sparsities from
-    0.5 to 0.98, forward and weight gradient; 2 cores of a Zen 5, AVX-512), once run over and over, once in turn with
-    the layer's other tiles, whose weights push theirs out of the caches: the choice takes on average 1.04 and 1.02 of
-    the time of the best three. Dense products were not among them.
+    The form is by reasoning; the factors are set by 17,000 timed tiles (up to 52 of each of 21 layers at sparsities
+    from 0.5 to 0.98, forward and weight gradient; 2 cores of a Zen 5, AVX-512), once run over and over, once in turn
+    with the layer's other tiles, whose weights push theirs out of the caches: the choice takes on average 1.04 and 1.02
+    of the time of the best three. Dense products were not among them.
     """
     width = itemsize / 4
     multiply = entries * max(positions * rows_at_once * width / 2, 2.7)
