@@ -15,10 +15,9 @@ from sparsetrain import winograd
 from sparsetrain._kernels import core
 from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE, STEPS
 from sparsetrain.choices import kept
-from sparsetrain.tiles import choose_tile, dense_gradient_tile
+from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
-L2_BYTES = 600 << 10  # of 1 MB, which other things need too
 
 
 @dataclass(frozen=True)

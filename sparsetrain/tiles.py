@@ -6,11 +6,12 @@ from itertools import product
 from sparsetrain._kernels import core
 from sparsetrain.choices import kept
 
-# How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB), and over how much
-# more the share that misses rises to all.
+# How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB) and the L2 (1 MB),
+# and over how much more the share that misses rises to all.
 L1_BYTES, L1_RISE = 32 << 10, 120 << 10
-# The same for all groups together: past it what was fetched ahead has left the L2 (1 MB) before the tile uses it, since
-# the sums of all rows and what is fetched for the next tile are there too.
+L2_BYTES, L2_RISE = 600 << 10, 400 << 10
+# The same for all groups together: past it what was fetched ahead has left the L2 before the tile uses it, since the
+# sums of all rows and what is fetched for the next tile are there too.
 AHEAD_BYTES, AHEAD_RISE = 80 << 10, 320 << 10
 
 ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))
@@ -103,7 +104,8 @@ def _tile_time(positions, r, lines, columns, blocks, channels, group, entries, r
     segments = runs * (1 - math.exp(-entries / runs))  # runs that have a weight at all
     unfinished = max(0.0, segments - blocks) * positions * rows_at_once * width
     touched = lines * columns * group * 16 * itemsize
-    misses = 0.4 * entries * positions * width * _share(touched, L1_BYTES, L1_RISE)
+    loads = entries * positions * width
+    misses = loads * (0.4 * _share(touched, L1_BYTES, L1_RISE) + 1.5 * _share(touched, L2_BYTES, L2_RISE))
     late = _share(touched * channels / group, AHEAD_BYTES, AHEAD_RISE)
     # 28: short lines leave the prefetcher behind.
     read = channels * lines * (28 + columns * width * (0.2 + 8.8 * late))
