@@ -218,6 +218,25 @@ def test_what_choose_tile_returns_has_been_compiled(isa):
             assert 1 <= group <= channels
 
 
+def test_offsets_and_sorted_values_lie_in_the_order_in_which_they_are_met(monkeypatch):
+    """Here in three groups of channels and one chunk of rows; other values stay where the parameter has them."""
+    plan_of, made = core.Plan, []
+
+    def keep(**arguments):
+        made.append(arguments["segments"])
+        return plan_of(**arguments)
+
+    monkeypatch.setattr(core, "Plan", keep)
+    monkeypatch.setattr(plans, "choose_tile", lambda *_: ((0, 1, 2), (1, 2, 4), 3))
+    passes(Case(IMAGES, (8, 7), (16, 16), (3, 3), plans.Geometry(padding=(1, 1))), np.float32, True)
+    assert len(made) == 3
+    ascending = []
+    for _, entry, value, count, _ in (segments.T for segments in made):
+        np.testing.assert_array_equal(entry, np.cumsum(count) - count)
+        ascending.append((np.diff(value[count > 0]) > 0).all())
+    assert sorted(ascending) == [False, False, True]
+
+
 EDGES = {
     "one of everything": Case(1, (1, 1), (1, 1), (1, 1), plans.Geometry()),
     "a linear layer": Case(33, (37, 11), (1, 1), (1, 1), plans.Geometry()),
