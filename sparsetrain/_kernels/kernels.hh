@@ -46,7 +46,7 @@ template <class T> struct Product {
     // What to fetch of x for a tile: tile[i] * pixels[i] + overlap[i] pixels on axis i, pixel[i] elements apart, from
     // x + origin on
     long pixels[3], overlap[3], pixel[3], origin, x_channel, channels;
-    const T *values;         // see run
+    const T *values;         // in the order of Segment.value in a sparse layer; see run
     long row_step;
     const T *bias;           // or null
     bool accumulate, relu;   // add to y; what is below zero becomes zero
