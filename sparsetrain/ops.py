@@ -254,23 +254,40 @@ def _fixed(*rows):
 
 
 def _pooled(x, h, w, halo):
-    return arrays.empty(x.n, x.array.shape[1], h.shape[1], w.shape[1], x.dtype, halo)
+    return arrays.empty(x.n, x.shape[1], h.shape[1], w.shape[1], x.dtype, halo)
 
 
-@told
+def _unformed(x):
+    """(what is read of x, and what forms x of it for core's functions) of a Normed that nobody has written yet; else
+    (x, nothing)."""
+    if not isinstance(x, Normed) or x.formed is not None:
+        return x, {}
+    add = None if x.add is None else x.add.array
+    return x.x, {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu, "add": add}
+
+
 def max_pool2d(x, h, w, halo=(0, 0)):
-    """The maximum over each window; h and w from windows()."""
+    """The maximum over each window; h and w from windows(). A Normed is formed on the way."""
+    start = time.perf_counter()
+    source, forming = _unformed(x)
     y = _pooled(x, h, w, halo)
-    core.max_pool(x.array, y.array, h, w)
+    core.max_pool(source.array, y.array, h, w, **forming)
+    more = {"normed": x, "forms": True} if forming else {}
+    tell("max_pool2d", start, [source, x.add if forming else None], [y], **more)
     return y
 
 
-@told
 def max_pool2d_backward(x, y, h, w, dy, halo=(0, 0)):
-    """dx of max_pool2d(): the first maximum of a window gets its gradient."""
+    """dx of max_pool2d(): the first maximum of a window gets its gradient. The dx of a Normed is a NormedGradient."""
+    start = time.perf_counter()
+    source, forming = _unformed(x)
     dx = x.like(halo)
-    core.max_pool_backward(x.array, y.array, dy.array, dx.array, h, w)
-    return dx
+    if forming:
+        forming["mean"] = x.norm.mean
+    sums = core.max_pool_backward(source.array, y.array, dy.array, dx.array, h, w, **forming)
+    more = {"normed": x, "forms": True, "sums": True} if forming else {}
+    tell("max_pool2d_backward", start, [source, x.add if forming else None, y, dy], [dx], **more)
+    return dx if sums is None else NormedGradient(dx, sums)
 
 
 @told

@@ -269,8 +269,9 @@ class _Gathered:
             self.pending.append({"kind": "form", "start": run.start, "end": run.end})
             return
         done = {"kind": run.kind, "start": run.start, "end": run.end, "bytes": size, "product": run.weight is not None}
+        done |= {"norm": norm, "forms": run.forms, "kept": run.kept, "sums": run.sums}
         if run.weight is not None:
-            done |= _work(run) | {"norm": norm, "forms": run.forms, "kept": run.kept, "sums": run.sums}
+            done |= _work(run)
         self.pending.append(done)
 
     def layer(self, module, phase, start, end, y):
@@ -293,6 +294,8 @@ class _Gathered:
             ours = type(module).__module__.startswith("sparsetrain.")
             found = self._add(module, phase, seconds(start, end), sum(others) if others or ours else None)
             found.fused = self.also.get(id(module), []).copy()
+            for done in own:
+                found.fused += self._forming(module, done)
             return
         rest = seconds(start, end) - sum(seconds(p["start"], p["end"]) for p in products)
         for number, product in enumerate(products):
@@ -322,10 +325,15 @@ class _Gathered:
         words = list(self.also.get(id(conv), ())) if product["kind"] != "input gradient" else []
         if product["kind"] == "backward":
             words.append(f"gradient of {self.names[id(self.norms[id(conv)])]}")
-        if product["forms"]:
-            words.append(f"forms {'and keeps ' if product['kept'] else ''}{self._with(product['norm'])}")
-        if product["sums"]:
-            norm = self.norms[id(conv)] if product["kind"] == "forward" else product["norm"]
+        return words + self._forming(conv, product)
+
+    def _forming(self, layer, done):
+        """What is done for batch norms on the way."""
+        words = []
+        if done["forms"]:
+            words.append(f"forms {'and keeps ' if done['kept'] else ''}{self._with(done['norm'])}")
+        if done["sums"]:
+            norm = self.norms[id(layer)] if done["kind"] == "forward" else done["norm"]
             words.append(f"sums for {self.names[id(norm)]}")
         return words
 
@@ -339,7 +347,7 @@ class _Gathered:
             if p.bytes:
                 least, level = analysis.least_seconds(limits, p.operations / p.rate, p.bytes)
             if p.bytes == 0 and p.fused and not p.plans:
-                p.fused.append("runs in the convolutions around it")
+                p.fused.append("runs in the layers around it")
             median, kind, fused = statistics.median(p.seconds), type(p.module).__name__, "; ".join(p.fused)
             counts = p.operations, p.bytes, least, level
             rows.append(Row(name, kind, part, median, *counts, p.kernel, p.plans, p.bands, fused))

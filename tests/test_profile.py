@@ -103,12 +103,12 @@ def test_rows_of_a_fused_net():
     assert {key: row.fused for key, row in rows.items() if row.fused} == {
         ("0", "forward"): "sums for 1",
         ("0", "backward"): "gradient of 1",
-        ("1", "forward"): "2; runs in the convolutions around it",
-        ("1", "backward"): "2; runs in the convolutions around it",
+        ("1", "forward"): "2; runs in the layers around it",
+        ("1", "backward"): "2; runs in the layers around it",
         ("3.body.0", "forward"): "forms and keeps 1 + 2; sums for 3.body.1",
         ("3.body.0", "backward"): "gradient of 3.body.1; sums for 1",
-        ("3.body.1", "forward"): "3.body.2; runs in the convolutions around it",
-        ("3.body.1", "backward"): "3.body.2; runs in the convolutions around it",
+        ("3.body.1", "forward"): "3.body.2; runs in the layers around it",
+        ("3.body.1", "backward"): "3.body.2; runs in the layers around it",
         ("3.body.3", "forward"): "forms 3.body.1 + 3.body.2; sums for 3.body.4",
         ("3.body.3", "backward"): "gradient of 3.body.4; forms 3.body.1 + 3.body.2; sums for 3.body.1",
         ("3.body.4", "forward"): "add of 3; 4",
@@ -119,6 +119,19 @@ def test_rows_of_a_fused_net():
     assert [plan["product"] for plan in banded.plans] == ["weight gradient", "input gradient"]
     assert rows["7", "weight gradient"].kernel == "dense, features at once"
     assert rows["7", "forward"].kernel.startswith("dense, ") and rows["7", "forward"].bands is None
+
+
+def test_a_max_pool_forms_the_norm_that_it_reads():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(392, 4)
+    )
+    x = np.random.default_rng(0).standard_normal((20, 3, 16, 16)).astype(np.float32)
+    rows = by_pass(st.profile(model, x, repeats=1))
+    size, pooled = 4 * 20 * 8 * 14 * 14, 4 * 20 * 8 * 7 * 7
+    forward, backward = rows["3", "forward"], rows["3", "backward"]
+    assert (forward.bytes, forward.fused) == (size + pooled, "forms 1 + 2")
+    assert (backward.bytes, backward.fused) == (2 * size + 2 * pooled, "forms 1 + 2; sums for 1")
+    assert rows["1", "forward"].bytes == rows["1", "backward"].bytes == 0
 
 
 def test_winograd_needs_fewer_operations():

@@ -23,7 +23,8 @@ cdef extern from "placement.hh":
 
 from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport (
-    Bands, BatchNorm, Build, Entry, PackedEntry, Place, Product, Segment, Shape, Slabs, Sparsifier, View, Windows,
+    Bands, BatchNorm, Build, Entry, MaxPool, PackedEntry, Place, Product, Segment, Shape, Slabs, Sparsifier, View,
+    Windows,
 )
 
 
@@ -266,76 +267,9 @@ def dropout(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, double keep, u
         kernels.dropout(s, xv, yv, keep, seed, n * c // chunks, n * (c + 1) // chunks)
 
 
-# ---- pooling
-
-cdef Windows windows(const int32_t[:, ::1] w, long outputs) except *:
-    if w.shape[0] != 3 or w.shape[1] != outputs:
-        raise ValueError(f"windows have shape {tuple(w.shape)[:2]}, must be (3, {outputs})")
-    cdef Windows v
-    v.begin, v.end, v.divisor = &w[0, 0], &w[1, 0], &w[2, 0]
-    return v
-
-
-def max_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
-             const int32_t[:, ::1] h, const int32_t[:, ::1] w):
-    """y[:] = the maximum of x over each window; rows of h and w: begin, end, divisor."""
-    cdef:
-        Shape xs = shape_of(x, 16 * x.shape[0]), ys = shape_of(y, 16 * x.shape[0])
-        View[floating] xv = view(x), yv = view(y)  # OUT y
-        Windows hw = windows(h, ys.height), ww = windows(w, ys.width)
-        long n = xs.blocks * xs.channels, c
-        int threads = team(n, size(xs))
-        long chunks = chunks_of(n, threads)
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.max_pool(xs, ys, xv, yv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
-
-
-def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
-                      floating[:, :, :, :, :] dx, const int32_t[:, ::1] h, const int32_t[:, ::1] w):
-    """dx[:] = the gradients of the windows at their first maximum."""
-    same_shape(x, dx)
-    same_shape(y, dy)
-    cdef:
-        Shape xs = shape_of(x, 16 * x.shape[0]), ys = shape_of(y, 16 * x.shape[0])
-        View[floating] xv = view(x), yv = view(y), gv = view(dy), dv = view(dx)  # OUT dx
-        Windows hw = windows(h, ys.height), ww = windows(w, ys.width)
-        long n = xs.blocks * xs.channels, c
-        int threads = team(n, size(xs))
-        long chunks = chunks_of(n, threads)
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.max_pool_backward(xs, ys, xv, yv, gv, dv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
-
-
-def avg_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
-             const int32_t[:, ::1] h, const int32_t[:, ::1] w):
-    """y[:] = the sum of x over each window, divided by both its divisors."""
-    cdef:
-        Shape s = shape_of(y, 16 * y.shape[0])
-        View[floating] xv = view(x), yv = view(y)  # OUT y
-        Windows hw = windows(h, s.height), ww = windows(w, s.width)
-        long n = s.blocks * s.channels, c
-        int threads = team(n, <double>n * x.shape[2] * x.shape[3] * 16)
-        long chunks = chunks_of(n, threads)
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.avg_pool(s, xv, yv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
-
-
-def avg_pool_backward(floating[:, :, :, :, :] dy, floating[:, :, :, :, :] dx,
-                      const int32_t[:, ::1] h, const int32_t[:, ::1] w):
-    """dx[:] = the gradients of the windows, divided by both their divisors."""
-    cdef:
-        Shape xs = shape_of(dx, 16 * dx.shape[0]), ys = shape_of(dy, 16 * dx.shape[0])
-        View[floating] gv = view(dy), dv = view(dx)  # OUT dx
-        Windows hw = windows(h, ys.height), ww = windows(w, ys.width)
-        long n = xs.blocks * xs.channels, c
-        int threads = team(n, size(xs))
-        long chunks = chunks_of(n, threads)
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.avg_pool_backward(xs, ys, gv, dv, hw, ww, n * c // chunks, n * (c + 1) // chunks)
-
-
 include "memory.pxi"
 include "norm.pxi"
+include "pool.pxi"
 include "product.pxi"
 include "bands.pxi"
 include "sparse_gradient.pxi"

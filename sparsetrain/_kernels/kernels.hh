@@ -148,6 +148,19 @@ struct Windows {
     const int32_t *begin, *end, *divisor;
 };
 
+// Maxima over windows of x, or of what a batch norm makes of it: relu(x scale + shift + add), add and relu optional.
+template <class T> struct MaxPool {
+    Shape x_shape, y_shape;
+    View<T> x, y, add;
+    Windows h, w;
+    const T *scale, *shift;  // or null: of x itself
+    bool relu;
+    // Backward; with sums, 2 a plane of x, dx is zero where the ReLU is closed, and they are those of dx and dx (x - mean).
+    View<T> dy, dx;
+    const T *mean;
+    double *sums;  // or null
+};
+
 template <class T> struct Kernels {
     // One task is one tile of one chunk of rows; scratch holds what Plan.scratch_size() of product.pxi says.
     void (*spmm)(const Product<T> *, long task, T *scratch);
@@ -213,9 +226,8 @@ template <class T> struct Kernels {
     // y = x / keep where the counter-based random number of the element is below keep, else 0
     void (*dropout)(Shape, View<T> x, View<T> y, double keep, uint64_t seed, long begin, long end);
 
-    void (*max_pool)(Shape x_shape, Shape y_shape, View<T> x, View<T> y, Windows h, Windows w, long begin, long end);
-    void (*max_pool_backward)(Shape x_shape, Shape y_shape, View<T> x, View<T> y, View<T> dy, View<T> dx, Windows h,
-                              Windows w, long begin, long end);
+    void (*max_pool)(const MaxPool<T> *, long begin, long end);
+    void (*max_pool_backward)(const MaxPool<T> *, long begin, long end);
     void (*avg_pool)(Shape y_shape, View<T> x, View<T> y, Windows h, Windows w, long begin, long end);
     void (*avg_pool_backward)(Shape x_shape, Shape y_shape, View<T> dy, View<T> dx, Windows h, Windows w, long begin,
                               long end);

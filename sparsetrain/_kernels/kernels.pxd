@@ -122,6 +122,15 @@ cdef extern from "dispatch.hh" nogil:
         const int32_t *begin
         const int32_t *end
         const int32_t *divisor
+    cppclass MaxPool[T]:
+        Shape x_shape, y_shape
+        View[T] x, y, add, dy, dx
+        Windows h, w
+        const T *scale
+        const T *shift
+        const T *mean
+        bint relu
+        double *sums
 
     void spmm[T](const Product[T] *, long, T *)
     void winograd_weights[T](long, long, long, long, long, long, bint, const T *, T *)
@@ -156,8 +165,8 @@ cdef extern from "dispatch.hh" nogil:
     void add[T](Shape, View[T], View[T], View[T], long, long)
     void copy[T](Shape, View[T], View[T], long, long)
     void dropout[T](Shape, View[T], View[T], double, uint64_t, long, long)
-    void max_pool[T](Shape, Shape, View[T], View[T], Windows, Windows, long, long)
-    void max_pool_backward[T](Shape, Shape, View[T], View[T], View[T], View[T], Windows, Windows, long, long)
+    void max_pool[T](const MaxPool[T] *, long, long)
+    void max_pool_backward[T](const MaxPool[T] *, long, long)
     void avg_pool[T](Shape, View[T], View[T], Windows, Windows, long, long)
     void avg_pool_backward[T](Shape, Shape, View[T], View[T], Windows, Windows, long, long)
     void to_blocked[T](Shape, const T *, View[T], long, long)

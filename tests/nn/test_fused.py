@@ -39,6 +39,17 @@ NETS = {
     "a pool reads the norm": lambda: [
         *conv_norm(3, 6, padding=1), nn.ReLU(), nn.MaxPool2d(2), *conv_norm(6, 6, padding=1),
     ],
+    "a pool reads the norm, its windows overlap": lambda: [
+        *conv_norm(3, 6, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *conv_norm(6, 6, padding=1),
+    ],
+    "a pool reads the sum of a residual block": lambda: [
+        *conv_norm(3, 6, padding=1), nn.ReLU(), block(6), nn.ReLU(), nn.MaxPool2d(2), *conv_norm(6, 6, padding=1),
+    ],
+    "a pool and a sum read the norm": lambda: [
+        *conv_norm(3, 6, padding=1), nn.ReLU(),
+        nn.Residual(nn.Sequential(nn.MaxPool2d(3, 1, 1), *conv_norm(6, 6, padding=1))), nn.ReLU(),
+    ],
+    "a pool at the end, no ReLU": lambda: [*conv_norm(3, 6, padding=1), nn.MaxPool2d(2)],
     "a body of one step": lambda: [
         *conv_norm(3, 6, padding=1), nn.ReLU(), nn.Residual(nn.Sequential(*conv_norm(6, 6, padding=1))), nn.ReLU(),
     ],
@@ -129,6 +140,16 @@ def test_winograd_in_bands(name, isa, bands, monkeypatch):
     )
     assert any(plan.forward.run == core.MAX_RUN for plan in ran if plan.forward) == fits
     assert bands["forward"] and bands["backward"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_pool_reads_is_not_written(training):
+    model = net("a pool reads the norm").train(training)
+    kinds = []
+    with record(lambda run: kinds.append(run.kind)):
+        step(model)
+    assert "max_pool2d_backward" in kinds
+    assert kinds.count("form") == kinds.count("normed_gradient") == 1  # of the last norm, whose output goes outside
 
 
 def test_a_large_input_of_a_block_goes_straight_to_memory(isa):
