@@ -213,6 +213,19 @@ void dense_sddmm_tile(const Product<T> &a, const long *size, const T *x, const T
                             }
                         }
                     }
+                if (rows == U && left >= Q) {
+                    constexpr int REST = Q - 4;  // of a row's sums, which go together with those of the other rows
+                    V<T> rest[(U * REST + 3) / 4 * 4] = {};
+                    T total[(U * REST + 3) / 4 * 4] = {};
+                    UNROLL for (int u = 0; u < U; u++) {
+                        add_sums<T>(acc[u], dv + u * columns);
+                        UNROLL for (int q = 0; q < REST; q++) rest[u * REST + q] = acc[u][4 + q];
+                    }
+                    UNROLL for (int i = 0; i < U * REST; i += 4) add_sums<T>(rest + i, total + i);
+                    UNROLL for (int u = 0; u < U; u++)
+                        UNROLL for (int q = 0; q < REST; q++) dv[u * columns + 4 + q] += total[u * REST + q];
+                    continue;
+                }
                 for (int u = 0; u < rows; u++) {
                     V<T> padded[(Q + 3) / 4 * 4] = {};
                     T total[(Q + 3) / 4 * 4] = {};
