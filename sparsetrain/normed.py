@@ -1,7 +1,6 @@
 """A batch norm's output that is not written: what reads it forms it, and the gradient that goes back to it."""
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,23 +9,18 @@ from sparsetrain._kernels import core
 from sparsetrain.record import tell
 
 
-@dataclass(frozen=True)
 class Norm:
-    """The numbers of a batch norm: y = (x - mean) / sqrt(var + eps) * gamma + beta, each (channels,)."""
+    """The numbers of a batch norm: y = (x - mean) / sqrt(var + eps) * gamma + beta = x * scale + shift, each (channels,).
 
-    gamma: np.ndarray
-    beta: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
-    eps: float
-    training: bool  # mean and var are those of x
+    training: whether mean and var are those of x. inverse: 1 / sqrt(var + eps), float64.
+    """
 
-    def __post_init__(self):
-        inverse, scale, shift = np.empty(len(self.gamma)), np.empty_like(self.gamma), np.empty_like(self.gamma)
-        core.batch_norm_line(self.gamma, self.beta, self.mean, self.var, self.eps, inverse, scale, shift)
-        object.__setattr__(self, "inverse", inverse)
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "shift", shift)
+    __slots__ = ("beta", "eps", "gamma", "inverse", "mean", "scale", "shift", "training", "var")
+
+    def __init__(self, gamma, beta, mean, var, eps, training):
+        self.gamma, self.beta, self.mean, self.var, self.eps, self.training = gamma, beta, mean, var, eps, training
+        self.inverse, self.scale, self.shift = np.empty(len(gamma)), np.empty_like(gamma), np.empty_like(gamma)
+        core.batch_norm_line(gamma, beta, mean, var, eps, self.inverse, self.scale, self.shift)
 
 
 class Normed:

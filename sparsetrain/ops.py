@@ -30,7 +30,7 @@ def _dense_if_faster(operation):
 
     @wraps(operation)
     def run(x, weight, *arguments, **options):
-        geometry = next(a for a in (*arguments, *options.values()) if isinstance(a, plans.Geometry))
+        geometry = arguments[0] if isinstance(arguments[0], plans.Geometry) else arguments[1]
         if not plans.is_nearly_dense(weight.structure, x.shape[1], geometry):
             return operation(x, weight, *arguments, **options)
         full = weight.full()

@@ -8,6 +8,7 @@ has its own taps) and weight gradient. Nothing here depends on the number of thr
 import math
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The arguments of a convolution, each a pair (vertical, horizontal), and its groups."""
 
     stride: tuple = (1, 1)

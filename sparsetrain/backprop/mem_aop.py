@@ -47,7 +47,7 @@ class MemAOP(Method):
     def attach(self, model, optimizer=None):
         super().attach(model, optimizer)
         for layer in self.attached:
-            groups = getattr(layer.module, "geometry", plans.Geometry()).groups
+            groups = layer.module.geometry.groups
             if groups > 1:
                 self.detach()
                 raise ValueError(f"layer {layer.name} has groups {groups}, MemAOP needs 1: exclude it")

@@ -36,9 +36,7 @@ class BatchNorm2d(Module):
 
     def check(self, x, add=None):
         """ValueError or TypeError unless x, and `add` to it, can be normed."""
-        check_input(
-            x, self.weight, self._ndim, self.num_features, f"(N, {self.num_features}{', H, W' * (self._ndim == 4)})"
-        )
+        check_input(x, self.weight, self._ndim, self.num_features)
         if self.training and math.prod(x.shape) == self.num_features:
             raise ValueError(f"x has shape {x.shape}: one value a channel has no variance to train with")
         if add is not None and add.shape != x.shape:

@@ -37,7 +37,7 @@ class Conv2d(Module):
 
     def check(self, x):
         """ValueError or TypeError unless x can be convolved."""
-        check_input(x, self.weight, 4, self.in_channels, f"(N, {self.in_channels}, H, W)")
+        check_input(x, self.weight, 4, self.in_channels)
         if min(self.geometry.output(self.kernel_size, *x.shape[2:])) < 1:
             raise ValueError(
                 f"x has shape {x.shape}: with padding {self.padding} it is smaller than the kernel "
@@ -46,7 +46,7 @@ class Conv2d(Module):
 
     def forward(self, x, halo, relu=False):
         self.check(x)
-        return weighted.run(self, x, self.geometry, halo, relu)
+        return weighted.run(self, x, halo, relu)
 
     def _arguments(self):
         parts = [f"{self.in_channels}, {self.out_channels}, {self.kernel_size}"]

@@ -11,6 +11,7 @@ class Linear(Module):
     x (N, in_features), y (N, out_features); weight (out, in), dense or sparse, and bias (out,) or None.
     """
 
+    geometry = plans.Geometry()  # of a convolution of one pixel
     fuses_into = True
     backprop = None  # what a method of backprop does in this layer instead of the exact backward pass
     probe = None  # a method of sparsity's look at the gradients of weights that are not stored
@@ -23,8 +24,8 @@ class Linear(Module):
         self.bias = weighted.uniform((out_features,), in_features) if bias else None
 
     def forward(self, x, halo, relu=False):
-        check_input(x, self.weight, 2, self.in_features, f"(N, {self.in_features}); nn.Flatten() makes it so")
-        return weighted.run(self, x, plans.Geometry(), halo, relu)
+        check_input(x, self.weight, 2, self.in_features, "; nn.Flatten() makes it so")
+        return weighted.run(self, x, halo, relu)
 
     def _arguments(self):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

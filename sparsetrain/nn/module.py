@@ -290,9 +290,11 @@ class Module:
         return ""
 
 
-def check_input(x, weight, ndim, channels, wanted):
-    """ValueError or TypeError unless the Blocked x has this ndim, these channels and the dtype of the Parameter."""
+def check_input(x, weight, ndim, channels, note=""):
+    """ValueError, which ends with the note, or TypeError unless the Blocked x has this ndim, these channels and the dtype
+    of the Parameter."""
     if x.ndim != ndim or x.shape[1] != channels:
-        raise ValueError(f"x has shape {x.shape}, must be {wanted}")
+        wanted = f"(N, {channels}, H, W)" if ndim == 4 else f"(N, {channels})"
+        raise ValueError(f"x has shape {x.shape}, must be {wanted}{note}")
     if x.dtype != weight.data.dtype:
         raise TypeError(f"x has dtype {x.dtype}, the parameters have {weight.data.dtype}")

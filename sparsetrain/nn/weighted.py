@@ -37,9 +37,9 @@ def constant(count, value):
     return np.full(count, value, np.float32) if _blank is None else np.zeros(count, _blank)
 
 
-def run(layer, x, geometry, halo, relu):
+def run(layer, x, halo, relu):
     """(y, backward) of a layer with weight and bias, as its `backprop` says where a method is attached."""
-    weight, bias, method = layer.weight, layer.bias, layer.backprop
+    weight, bias, geometry, method = layer.weight, layer.bias, layer.geometry, layer.backprop
     if method is None:
         y, kept = ops.conv2d(x, weight, bias, geometry, halo, relu), x
     else:
