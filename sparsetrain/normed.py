@@ -10,9 +10,9 @@ from sparsetrain.record import tell
 
 
 class Norm:
-    """The numbers of a batch norm: y = (x - mean) / sqrt(var + eps) * gamma + beta = x * scale + shift, each (channels,).
+    """The numbers of a batch norm: y = (x - mean) / sqrt(var + eps) * gamma + beta = x * scale + shift.
 
-    training: whether mean and var are those of x. inverse: 1 / sqrt(var + eps), float64.
+    All but eps are (channels,); inverse is 1 / sqrt(var + eps), float64. training: whether mean and var are those of x.
     """
 
     __slots__ = ("beta", "eps", "gamma", "inverse", "mean", "scale", "shift", "training", "var")

@@ -135,8 +135,8 @@ def _check_dense_tile(isa, about, says):
     check=_check_dense_tile,
 )
 def dense_gradient_tile(grid, channels, itemsize):
-    """(order, tile, channels of a group) of a dense weight gradient: about GRADIENT_POSITIONS, whole rows where they fit,
-    and so many channels that x stays in L2."""
+    """(order, tile, channels of a group) of a dense weight gradient: about GRADIENT_POSITIONS, whole rows where they
+    fit, and so many channels that x stays in L2."""
     order = (0, 1, 2) if grid.extent[1] * grid.extent[2] > 1 else (2, 1, 0)
     extent = [grid.extent[axis] for axis in order]
     w = -(-extent[2] // -(-extent[2] // GRADIENT_POSITIONS))

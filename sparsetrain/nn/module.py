@@ -291,8 +291,8 @@ class Module:
 
 
 def check_input(x, weight, ndim, channels, note=""):
-    """ValueError, which ends with the note, or TypeError unless the Blocked x has this ndim, these channels and the dtype
-    of the Parameter."""
+    """ValueError, which ends with the note, or TypeError unless the Blocked x has this ndim, these channels and the
+    dtype of the Parameter."""
     if x.ndim != ndim or x.shape[1] != channels:
         wanted = f"(N, {channels}, H, W)" if ndim == 4 else f"(N, {channels})"
         raise ValueError(f"x has shape {x.shape}, must be {wanted}{note}")
