@@ -20,13 +20,14 @@ class Blocked:
     n is the number of images; lanes past it in the last block are padding: finite in activations, zero in
     gradients. halo (vertical, horizontal) is how many zero pixels lie around each channel in memory.
     ndim is 4, or 2 for a batch of (n, features), which has height and width 1.
-    The memory is used again once the Blocked is gone: copy what must live longer than it.
+    The memory is used again once the Blocked is gone: copy what must live longer than it. `owner`: the Blocked whose
+    memory this one is another view of, or None.
     """
 
-    __slots__ = ("array", "halo", "n", "ndim")
+    __slots__ = ("array", "halo", "n", "ndim", "owner")
 
-    def __init__(self, array, n, halo, ndim):
-        self.array, self.n, self.halo, self.ndim = array, n, halo, ndim
+    def __init__(self, array, n, halo, ndim, owner=None):
+        self.array, self.n, self.halo, self.ndim, self.owner = array, n, halo, ndim, owner
 
     @property
     def dtype(self):
@@ -57,8 +58,8 @@ class Blocked:
     def __del__(self, _references=sys.getrefcount):
         # 2 references are the attribute's and getrefcount's own. More: another Blocked or a view uses the memory.
         # _free is None while the interpreter shuts down.
-        alone = hasattr(self, "array") and _references(self.array) == 2 and _references(self.array.base) == 2
-        if alone and _free is not None:
+        own = hasattr(self, "owner") and self.owner is None
+        if own and _references(self.array) == 2 and _references(self.array.base) == 2 and _free is not None:
             _free.setdefault(_key(self.array, self.halo), []).append(self.array)
 
 

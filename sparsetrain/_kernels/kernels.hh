@@ -174,9 +174,9 @@ template <class T> struct Kernels {
     void (*add_parts)(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate);
     // Features of 1x1 pixels in groups of `features` (see Build), an image's side by side; the groups [begin, end)
     void (*pack_features)(long begin, long end, long blocks, long features, View<T> x, T *packed);
-    // grad[row] (+)= the sum over images of dy[row, image] x[image], for the rows [begin, end)
-    void (*linear_gradient)(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad,
-                            bool accumulate);
+    // grad[row] (+)= the sum over images of dy[row, image] x[image], for the rows [begin, end) and some of these groups
+    void (*linear_gradient)(long begin, long end, long first_group, long last_group, long blocks, long features,
+                            const T *packed, View<T> dy, T *grad, bool accumulate);
     // dense[place[i]] = values[i], and back: values[i] (+)= dense[place[i]]
     void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);

@@ -263,16 +263,17 @@ template <class T> void pack_features(long begin, long end, long blocks, long fe
 }
 
 template <class T>
-void linear_gradient(long begin, long end, long blocks, long features, const T *packed, View<T> dy, T *grad,
-                     bool accumulate) {
+void linear_gradient(long begin, long end, long first_group, long last_group, long blocks, long features, const T *packed,
+                     View<T> dy, T *grad, bool accumulate) {
     FlushToZero flush;
     constexpr int L = Vec<T>::lanes, U = LINEAR_ROWS, Q = LINEAR_VECTORS;
-    for (long first = 0; first < features; first += FEATURES<T>, packed += blocks * IMAGES * FEATURES<T>)
+    for (long group = first_group; group < last_group; group++) {
+        const long first = group * FEATURES<T>;
         for (long row = begin; row < end; row += U) {
             const int rows = end - row < U ? end - row : U;
             const bool whole = features - first >= FEATURES<T>;
             V<T> acc[U][Q] = {};
-            const T *x = packed;
+            const T *x = packed + group * blocks * IMAGES * FEATURES<T>;
             for (long b = 0; b < blocks; b++) {
                 const T *g[U];  // past the last row: the last one again, its sums are dropped
                 for (int u = 0; u < U; u++) g[u] = dy.data + b * dy.block + (row + (u < rows ? u : rows - 1)) * dy.channel;
@@ -293,6 +294,7 @@ void linear_gradient(long begin, long end, long blocks, long features, const T *
                 if (!whole) for (long i = 0; i < features - first; i++) out[i] = part[i];
             }
         }
+    }
 }
 
 template <class T>

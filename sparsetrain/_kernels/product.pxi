@@ -196,7 +196,8 @@ def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, float
         long blocks = x.shape[0], rows = grad.shape[0], features = grad.shape[1], n = (rows + 23) // 24, c
         long width = kernels.isas[<int>_ISAS[_isa]].build.features * 4 // sizeof(floating)
         long groups = (features + width - 1) // width
-        int threads = team(n, <double>blocks * 2 * rows * features)
+        long pieces = max(1, min(groups, 16 // n))  # of the features: a layer of few outputs has few chunks of rows
+        int threads = team(n * pieces, <double>blocks * 2 * rows * features)
         Buffer buffer = Buffer("parts", groups * width * blocks * 16 * sizeof(floating))
         floating *p = <floating *>buffer.data
         floating *g = &grad[0, 0]  # OUT
@@ -205,8 +206,9 @@ def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, float
     same_length("blocks of dy", dy.shape[0], blocks)
     for c in prange(groups, nogil=True, num_threads=threads, schedule="static"):
         kernels.pack_features(c, c + 1, blocks, features, xv, p)
-    for c in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.linear_gradient(24 * c, min(24 * c + 24, rows), blocks, features, p, gv, g, accumulate)
+    for c in prange(n * pieces, nogil=True, num_threads=threads, schedule="dynamic"):
+        kernels.linear_gradient(24 * (c // pieces), min(24 * (c // pieces) + 24, rows), groups * (c % pieces) // pieces,
+                                groups * (c % pieces + 1) // pieces, blocks, features, p, gv, g, accumulate)
 
 
 def spread_values(const floating[::1] values, const int32_t[::1] place, floating[::1] dense):

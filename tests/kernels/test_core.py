@@ -121,7 +121,7 @@ class Case:
 
     def reference(self, x, dy, w, bias):
         """y, dx, dw, db."""
-        g = vars(self.geometry)
+        g = self.geometry._asdict()
         return ref.conv2d(x, w, bias, **g), *ref.conv2d_backward(dy, x, w, **g)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 import reference as ref
 import sparsetrain as st
-from sparsetrain import nn
+from sparsetrain import arrays, nn, ops
 
 SHAPES = [(1, 1), (17, 5), (33, 10), (1, 1, 1, 1), (15, 3, 5, 4), (16, 5, 1, 9), (33, 3, 7, 14)]
 
@@ -47,6 +47,28 @@ def test_flatten(shape, isa):
     np.testing.assert_array_equal(y, ref.flatten(x))
     dy = normal(y.shape, seed=1)
     np.testing.assert_array_equal(layer.backward(dy), ref.flatten_backward(dy, x))
+
+
+@pytest.mark.parametrize(("shape", "flat"), [((33, 1, 5, 6), True), ((33, 3, 5, 7), True), ((33, 2, 4, 4), False)])
+def test_flatten_copies_only_what_does_not_lie_flat(shape, flat):
+    x = normal(shape)
+    images = arrays.pack(x)
+    features = ops.flatten(images)
+    assert np.shares_memory(images.array, features.array) == flat
+    np.testing.assert_array_equal(arrays.unpack(features), ref.flatten(x))
+    back = ops.flatten_backward(shape[1:], features)
+    assert np.shares_memory(back.array, features.array)
+    np.testing.assert_array_equal(arrays.unpack(back), x)
+
+
+def test_memory_with_two_views_serves_again_when_both_are_gone():
+    images = arrays.pack(normal((33, 1, 5, 6)))
+    first, features = images.array.ctypes.data, ops.flatten(images)
+    del images
+    other = arrays.empty(33, 1, 5, 6, np.float32)
+    assert other.array.ctypes.data != first
+    del features
+    assert arrays.empty(33, 1, 5, 6, np.float32).array.ctypes.data == first
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.9])
