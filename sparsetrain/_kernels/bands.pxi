@@ -104,7 +104,8 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         Buffer scratch = Buffer("scratch", each * threads * sizeof(floating))
         floating *s = <floating *>scratch.data
         double[::1] moments
-        double count, total, m, squares, here
+        double[:, ::1] joined
+        double count, total = 0, share, away
         double *v
     same_length("values", values.shape[0], plan.forward.n_values)
     a.forward = product_of(plan.forward, <floating>0)
@@ -128,16 +129,20 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         kernels.conv_band(&a, n - 1 - i if back else i, s + each * threadid())
     if mean is None:
         return
-    for c in range(channels):  # Chan, Golub & LeVeque's way to join the bands, in their order
-        total = m = squares = 0
-        for i in range(n):
-            v = a.moments + (i * channels + c) * 3
-            count = min(16, images - i // cuts * 16) * min(plan.run, y.shape[2] - i % cuts * plan.run) * y.shape[3]
-            here = v[0] + v[1] / count
-            squares += v[2] - v[1] * v[1] / count + (here - m) * (here - m) * total * count / (total + count)
-            m += (here - m) * count / (total + count)
-            total += count
-        mean[c], var[c] = <floating>m, <floating>(squares / total)  # OUT
+    joined = np.zeros((2, channels))  # mean, and squares of the deviations from it
+    for i in range(n):  # Chan, Golub & LeVeque's way to join the bands, in their order
+        count = min(16, images - i // cuts * 16) * min(plan.run, y.shape[2] - i % cuts * plan.run) * y.shape[3]
+        share, v = count / (total + count), a.moments + i * channels * 3
+        for c in range(channels):
+            away = v[1] * (1 / count)
+            joined[1, c] += v[2] - v[1] * away
+            away += v[0] - joined[0, c]
+            joined[1, c] += away * away * (total * share)
+            joined[0, c] += away * share
+            v += 3
+        total += count
+    for c in range(channels):
+        mean[c], var[c] = <floating>joined[0, c], <floating>(joined[1, c] / total)  # OUT
 
 
 def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
@@ -209,7 +214,20 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, p, gp, accumulate)
     if a.sums != NULL:
-        return np.asarray(sums).sum(0).T
+        return total_of(sums)
+
+
+cdef total_of(const double[:, :, ::1] sums):
+    """(2, channels): the total of sums (parts, channels, 2)."""
+    cdef:
+        object result = np.zeros((2, sums.shape[1]))
+        double[:, ::1] total = result
+        long i, c
+    for i in range(sums.shape[0]):
+        for c in range(sums.shape[1]):
+            total[0, c] += sums[i, c, 0]
+            total[1, c] += sums[i, c, 1]
+    return result
 
 
 def norm_parameter_gradients(const double[:, :] sums, const double[::1] inverse, floating[::1] dw, bint add_to_dw,
@@ -249,4 +267,4 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
         same_shape(x, add)
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
         kernels.norm_gradient_sums(&a, parts - 1 - i if back else i)
-    return np.asarray(sums).sum(0).T
+    return total_of(sums)

@@ -87,12 +87,16 @@ def batch_norm_line(const floating[::1] gamma, const floating[::1] beta, const f
         shift[c] = beta[c] - mean[c] * scale[c]
 
 
-def move_towards(floating[::1] values, const floating[::1] target, double factor, double share):
-    """values[:] += share (factor target - values)."""
-    cdef long c
-    same_length("target", target.shape[0], values.shape[0])
-    for c in range(values.shape[0]):
-        values[c] += <floating>share * (<floating>factor * target[c] - values[c])  # OUT
+def track_moments(floating[::1] running_mean, const floating[::1] mean, floating[::1] running_var,
+                  const floating[::1] var, double factor, double share):
+    """running_mean[:] += share (mean - running_mean), running_var[:] += share (factor var - running_var)."""
+    cdef long n = mean.shape[0], c
+    same_length("running_mean", running_mean.shape[0], n)
+    same_length("running_var", running_var.shape[0], n)
+    same_length("var", var.shape[0], n)
+    for c in range(n):  # OUT running_mean, running_var
+        running_mean[c] += <floating>share * (mean[c] - running_mean[c])
+        running_var[c] += <floating>share * (<floating>factor * var[c] - running_var[c])
 
 
 def bias_grad(floating[:, :, :, :, :] dy, floating[::1] db, bint accumulate):

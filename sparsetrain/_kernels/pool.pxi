@@ -67,7 +67,7 @@ def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floa
         a.mean, a.sums = &mean[0], &sums[0, 0, 0]
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.max_pool_backward(&a, n * c // chunks, n * (c + 1) // chunks)
-    return None if scale is None else np.asarray(sums).sum(0).T
+    return None if scale is None else total_of(sums)
 
 
 def avg_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
