@@ -35,6 +35,12 @@ class Normed:
         self.n, self.ndim, self.dtype, self.shape = x.n, x.ndim, x.dtype, x.shape
         self.keep = self.formed = None
 
+    @property
+    def forming(self):
+        """What forms it of `x`, for core's functions."""
+        add = None if self.add is None else self.add.array
+        return {"scale": self.norm.scale, "shift": self.norm.shift, "relu": self.relu, "add": add}
+
     array = property(lambda self: self.with_halo((0, 0)).array)
     halo = property(lambda self: self.with_halo((0, 0)).halo)
 

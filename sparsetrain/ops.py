@@ -119,8 +119,7 @@ def _band_arguments(x, geometry):
     if not isinstance(x, Normed):
         x = x.with_halo(geometry.padding)
         return x, x, True, {}
-    add = None if x.add is None else x.add.array
-    forming = {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu, "add": add}
+    forming = x.forming
     if x.formed is not None:
         x.formed = x.with_halo(geometry.padding)
         forming["formed"] = x.formed.array
@@ -193,9 +192,7 @@ def norm_parameter_gradients(weight, bias, norm, dy):
 def normed_gradient(y, dy):
     """The NormedGradient of the Normed y from any gradient of it, which is changed."""
     start = time.perf_counter()
-    add = None if y.add is None else y.add.array
-    norm = y.norm
-    sums = core.norm_gradient_sums(y.x.array, dy.array, norm.scale, norm.shift, norm.mean, y.relu, add)
+    sums = core.norm_gradient_sums(y.x.array, dy.array, mean=y.norm.mean, **y.forming)
     tell("normed_gradient", start, [y.x, dy, y.add if y.relu else None], [dy] if y.relu else [])
     return NormedGradient(dy, sums)
 
@@ -262,8 +259,7 @@ def _unformed(x):
     (x, nothing)."""
     if not isinstance(x, Normed) or x.formed is not None:
         return x, {}
-    add = None if x.add is None else x.add.array
-    return x.x, {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu, "add": add}
+    return x.x, x.forming
 
 
 def max_pool2d(x, h, w, halo=(0, 0)):

@@ -44,9 +44,7 @@ template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &
             const T *other = a.add.data ? pixel_row(a.add, rows.block, c, h) : nullptr;
             T *keep = a.keep.data && h >= own.first && h < own.last ? pixel_row(a.keep, rows.block, c, h) : nullptr;
             for_row<T>(width, EACH {
-                V<T> v = load(x + i) * scale + shift;
-                if (other) v += load(other + i);
-                if (a.relu) v = v < 0 ? V<T>{} : v;
+                const V<T> v = normed<T>(load(x + i), scale, shift, other ? other + i : nullptr, a.relu);
                 store(out + i, v);
                 if (keep && a.keep_far) store_past_cache(keep + i, v);
                 else if (keep) store(keep + i, v);

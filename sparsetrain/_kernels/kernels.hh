@@ -155,10 +155,10 @@ template <class T> struct MaxPool {
     Windows h, w;
     const T *scale, *shift;  // or null: of x itself
     bool relu;
-    // Backward; with sums, 2 a plane of x, dx is zero where the ReLU is closed, and they are those of dx and dx (x - mean).
     View<T> dy, dx;
+    // Backward with scale: dx is zero where the ReLU is closed, and sums, 2 a plane of x, are those of dx and dx (x - mean).
     const T *mean;
-    double *sums;  // or null
+    double *sums;
 };
 
 template <class T> struct Kernels {

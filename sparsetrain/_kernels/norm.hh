@@ -56,6 +56,13 @@ template <class T, class F, class G> INLINE void for_channel(const Shape &s, F f
     flush();
 }
 
+// relu(x scale + shift + other), other (null: nothing) and relu optional.
+template <class T> INLINE V<T> normed(V<T> x, T scale, T shift, const T *other, bool relu) {
+    V<T> v = x * scale + shift;
+    if (other) v += load(other);
+    return relu ? (v < 0 ? V<T>{} : v) : v;
+}
+
 template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) {
     FlushToZero flush_to_zero;
     const Shape &s = a->shape;
@@ -86,9 +93,7 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
                 const T *x = pixel_row(a->x, b, c, h), *other = a->add.data ? pixel_row(a->add, b, c, h) : nullptr;
                 T *y = pixel_row(a->y, b, c, h);
                 for_row<T>(width, EACH {
-                    V<T> v = load(x + i) * scale + shift;
-                    if (other) v += load(other + i);
-                    store(y + i, a->relu ? (v < 0 ? V<T>{} : v) : v);
+                    store(y + i, normed<T>(load(x + i), scale, shift, other ? other + i : nullptr, a->relu));
                 });
             }
     }

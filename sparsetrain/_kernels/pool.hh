@@ -24,9 +24,7 @@ template <class T, bool FORMED> struct PooledRow {
     INLINE_MEMBER V<T> operator[](long i) const {
         V<T> v = load(x + i);
         if (!FORMED) return v;
-        v = v * scale + shift;
-        if (other) v += load(other + i);
-        return relu ? (v < 0 ? V<T>{} : v) : v;
+        return normed<T>(v, scale, shift, other ? other + i : nullptr, relu);
     }
 };
 
@@ -66,7 +64,7 @@ template <class T, bool FORMED> void max_pool_backward_of(const MaxPool<T> &a, l
     typedef PooledRow<T, FORMED> Row;
     const Shape &xs = a.x_shape, &ys = a.y_shape;
     const bool two = pairs(a.h, ys.height) && pairs(a.w, ys.width);
-    const bool closes = FORMED && a.sums && a.relu;  // a maximum that ReLU made has no gradient
+    const bool closes = FORMED && a.relu;  // a maximum that ReLU made has no gradient
     for (long plane = begin; plane < end; plane++) {
         const long b = plane / xs.channels, c = plane % xs.channels;
         for (long i = two && xs.width % 2 == 0 ? 2 * ys.height : 0; i < xs.height; i++)
@@ -109,7 +107,7 @@ template <class T, bool FORMED> void max_pool_backward_of(const MaxPool<T> &a, l
                 }
             });
         }
-        if (!a.sums) continue;
+        if (!FORMED) continue;
         Sum<T> sg, sgx;
         for_channel<T>({1, 1, xs.height, xs.width, 0}, [&](long, long row) {
             const T *x = pixel_row(a.x, b, c, row), *dx = pixel_row(a.dx, b, c, row);

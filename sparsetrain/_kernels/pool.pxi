@@ -17,7 +17,6 @@ cdef MaxPool[floating] max_pool_of(floating[:, :, :, :, :] x, floating[:, :, :, 
     a.h, a.w = windows(h, a.y_shape.height), windows(w, a.y_shape.width)
     a.scale = NULL
     a.shift = NULL
-    a.sums = NULL
     if scale is not None:
         same_length("scale", scale.shape[0], x.shape[1])
         same_length("shift", shift.shape[0], x.shape[1])
