@@ -168,10 +168,12 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
     plan, steps = planned(weight, ("backward bands", formed), geometry, build, lies, y, *(() if dx is None else (dx,)))
     pixels = y.n * y.array.shape[2] * y.array.shape[3] if norm.training else 0
     grad, accumulate = weight.gradient()
-    if isinstance(x, Normed):
-        forming["x_mean"] = x.norm.mean
+    sums = None
+    if isinstance(x, Normed) and dx is not None:
+        sums = np.empty((2, x.shape[1]))
+        forming |= {"x_mean": x.norm.mean, "x_sums": sums}
     values = [step.values(weight.data.reshape(-1)) for step in steps]
-    sums = core.conv_bands_backward(
+    core.conv_bands_backward(
         plan, x.n, source.array, y.array, dy.array, norm.scale, norm.mean, dy.sums, norm.inverse, pixels,
         grad.reshape(-1), accumulate, None if dx is None else dx.array, values, into is not None, **forming,
     )  # fmt: skip
@@ -192,7 +194,8 @@ def norm_parameter_gradients(weight, bias, norm, dy):
 def normed_gradient(y, dy):
     """The NormedGradient of the Normed y from any gradient of it, which is changed."""
     start = time.perf_counter()
-    sums = core.norm_gradient_sums(y.x.array, dy.array, mean=y.norm.mean, **y.forming)
+    sums = np.empty((2, y.shape[1]))
+    core.norm_gradient_sums(y.x.array, dy.array, mean=y.norm.mean, sums=sums, **y.forming)
     tell("normed_gradient", start, [y.x, dy, y.add if y.relu else None], [dy] if y.relu else [])
     return NormedGradient(dy, sums)
 
@@ -277,10 +280,11 @@ def max_pool2d_backward(x, y, h, w, dy, halo=(0, 0)):
     """dx of max_pool2d(): the first maximum of a window gets its gradient. The dx of a Normed is a NormedGradient."""
     start = time.perf_counter()
     source, forming = _unformed(x)
-    dx = x.like(halo)
+    dx, sums = x.like(halo), None
     if forming:
-        forming["mean"] = x.norm.mean
-    sums = core.max_pool_backward(source.array, y.array, dy.array, dx.array, h, w, **forming)
+        sums = np.empty((2, x.shape[1]))
+        forming |= {"mean": x.norm.mean, "sums": sums}
+    core.max_pool_backward(source.array, y.array, dy.array, dx.array, h, w, **forming)
     more = {"normed": x, "forms": True, "sums": True} if forming else {}
     tell("max_pool2d_backward", start, [source, x.add if forming else None, y, dy], [dx], **more)
     return dx if sums is None else NormedGradient(dx, sums)

@@ -131,7 +131,7 @@ def _cut_rows(weights_of_row, pieces):
 
 def _plan(
     x, y, grid, tile, order, group, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts,
-    weights, places=None, row_step=0, run=0, run_tile=0, size=(0, 0),
+    weights, places=None, row_step=0, run=0, run_tile=0, size=(0, 0), transform=(0, 0, False),
 ):  # fmt: skip
     positions = math.prod(grid.extent)
     # A tile's first rows and columns of x are the last ones of the tiles before, and need not be fetched again; rows
@@ -171,26 +171,21 @@ def _plan(
         run=run,
         run_tile=run_tile,
         size=size,
+        transform=transform,
     )
 
 
 @dataclass
 class Pass:
-    """One product: its plan, and which of the parameter's values are the plan's, None if they are in its order.
-
-    transform: that makes the plan's values of the parameter's, arguments of core.winograd_weights().
-    """
+    """One product: its plan, and which of the parameter's values are the plan's, None if they are in its order."""
 
     plan: object
     source: np.ndarray | None = None
-    transform: tuple | None = None
 
     _sorted: np.ndarray | None = None  # kept from call to call, so that nothing is allocated
 
     def values(self, data):
         """The parameter's flat values in the order of the plan; the next call writes over them."""
-        if self.transform:
-            return core.winograd_weights(data, *self.transform)
         if self.source is None:
             return data
         if self._sorted is None or self._sorted.dtype != data.dtype:
@@ -232,7 +227,7 @@ def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source,
 
 
 def _winograd(x, y, grid, rows, channels, transform, run, tasks):
-    """The Pass that writes y, `run` tiles of 2 x 2 pixels at once; grid: that of the pixels; transform: as of Pass."""
+    """The Pass that writes y, `run` tiles of 2 x 2 pixels at once; grid: of the pixels; transform: as of core.Plan."""
     extent = winograd.tiles(grid.extent)
     run = min(run, math.prod(extent))
     line = Grid((1, 1, run), (1, 1), (0, 0))
@@ -249,9 +244,9 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
     plan = _plan(
         x, y, Grid(extent, (4, 4), grid.x_origin, (2, 2), (2, 2)), tile, (0, 1, 2), group, rows, ROWS_AT_ONCE,
         places * ((run | 1) * 16), segments, bounds, None, weights, 1, weights, places, channels, run, run_tile,
-        grid.extent[1:],
+        grid.extent[1:], transform,
     )  # fmt: skip
-    return Pass(plan, None, transform)
+    return Pass(plan)
 
 
 # ---- the three products of a layer
@@ -330,7 +325,7 @@ def forward(structure, geometry, x, y, tasks=TASKS, times=1):
     rows, channels = structure.shape[0], x.array.shape[1]
     run = _winograd_run(structure, geometry, grid, rows, channels, x, times)
     if run:
-        return _winograd(x, y, grid, rows, channels, (rows, channels, 9 * channels, 9, False), run, tasks)
+        return _winograd(x, y, grid, rows, channels, (9 * channels, 9, False), run, tasks)
     row, channel, offsets = _forward_entries(structure, geometry, x)
     source = np.arange(len(offsets), dtype=np.int32) if row is None else None
     columns = len(offsets)
@@ -346,7 +341,7 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS, times=1):
     around = Grid((blocks, height, width), (kernel_h, kernel_w), (ph + 1 - kernel_h, pw + 1 - kernel_w))
     run = _winograd_run(structure, geometry, around, n_channels, out, dy, times)
     if run:
-        return [_winograd(dy, dx, around, n_channels, out, (n_channels, out, 9, 9 * n_channels, True), run, tasks)]
+        return [_winograd(dy, dx, around, n_channels, out, (9, 9 * n_channels, True), run, tasks)]
     row, channel, kh, kw = _entries(structure, geometry)
     if row is None:  # the entries of any one row of W^T: all output channels
         oc = np.repeat(np.arange(out), taps)

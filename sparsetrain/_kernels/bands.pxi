@@ -107,10 +107,10 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         double[:, ::1] joined
         double count, total = 0, share, away
         double *v
-    same_length("values", values.shape[0], plan.forward.n_values)
+        list held = []
     a.forward = product_of(plan.forward, <floating>0)
     a.forward_axis = row_axis(plan.forward)
-    a.forward.values = &values[0] if values.shape[0] else NULL
+    a.forward.values = values_of(plan.forward, values, held)
     if bias is not None:
         same_length("bias", bias.shape[0], channels)
         a.forward.bias = &bias[0]
@@ -150,12 +150,12 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
                         const double[:, :] y_sums, const double[::1] inverse, double pixels, floating[::1] grad,
                         bint accumulate, floating[:, :, :, :, :] dx, list values, bint add_to_dx, const floating[::1] scale=None,
                         const floating[::1] shift=None, const floating[::1] x_mean=None, bint relu=False,
-                        floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None):
+                        floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None, double[:, ::1] x_sums=None):
     """Gradients of conv_bands(): those of the weights to grad, and that of its input to dx (added if add_to_dx) unless None.
 
     g: that of the batch norm of y, zero where its ReLU is closed; y_sums, inverse: as of norm_parameter_gradients(); the
     gradient of y is y_scale (g - (y_sums[0] + (y - y_mean) y_sums[1] inverse^2) / pixels), or y_scale g if pixels is 0, as in
-    evaluation. values: those of each Plan of plan.input. Returns, if scale is given, the sums (2, channels) of dx, which is
+    evaluation. values: those for each Plan of plan.input. x_sums (2, channels): if scale is given, those of dx, which is
     made zero where the ReLU of x is closed, and of dx (x - x_mean).
     """
     cdef:
@@ -172,6 +172,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         floating[:, ::1] lines = np.empty((2, y.shape[1]), np.float32 if sizeof(floating) == 4 else np.float64)
         Plan step
         Product[floating] phase
+        list held = []
     same_shape(y, g)
     a.g, a.parts, a.phases, a.phases_across = view(g), parts, 0, plan.phases_across
     same_length("y_scale", y_scale.shape[0], y.shape[1])
@@ -193,9 +194,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         a.dx = view(dx)  # OUT
         for i in range(len(plan.input)):
             step, v = plan.input[i], values[i]
-            same_length("values", v.shape[0], step.n_values)
             phase = product_of(step, <floating>0)
-            phase.values, phase.accumulate = &v[0] if v.shape[0] else NULL, add_to_dx
+            phase.values, phase.accumulate = values_of(step, v, held), add_to_dx
             a.add_phase(phase, row_axis(step), step.y_origin)
         if scale is not None:
             same_length("x_mean", x_mean.shape[0], x.shape[1])
@@ -214,20 +214,20 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, p, gp, accumulate)
     if a.sums != NULL:
-        return total_of(sums)
+        add_up(sums, x_sums)
 
 
-cdef total_of(const double[:, :, ::1] sums):
-    """(2, channels): the total of sums (parts, channels, 2)."""
-    cdef:
-        object result = np.zeros((2, sums.shape[1]))
-        double[:, ::1] total = result
-        long i, c
+cdef int add_up(const double[:, :, ::1] sums, double[:, ::1] total) except -1:
+    """total[:] (2, channels) = the total of sums (parts, channels, 2)."""
+    cdef long i, c
+    if total.shape[0] != 2 or total.shape[1] != sums.shape[1]:
+        raise ValueError(f"sums have shape {tuple(total.shape)[:2]}, must be (2, {sums.shape[1]})")
+    total[:, :] = 0  # OUT
     for i in range(sums.shape[0]):
         for c in range(sums.shape[1]):
             total[0, c] += sums[i, c, 0]
             total[1, c] += sums[i, c, 1]
-    return result
+    return 0
 
 
 def norm_parameter_gradients(const double[:, :] sums, const double[::1] inverse, floating[::1] dw, bint add_to_dw,
@@ -246,14 +246,14 @@ def norm_parameter_gradients(const double[:, :] sums, const double[::1] inverse,
 
 
 def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, const floating[::1] scale,
-                       const floating[::1] shift, const floating[::1] mean, bint relu,
+                       const floating[::1] shift, const floating[::1] mean, double[:, ::1] sums, bint relu,
                        floating[:, :, :, :, :] add=None):
-    """Makes dx, the gradient of relu(x scale + shift + add), zero where the ReLU is closed. Returns the sums (2, channels)
-    of it and of it times x - mean."""
+    """Makes dx, the gradient of relu(x scale + shift + add), zero where the ReLU is closed. sums[:] (2, channels) = those of
+    it and of it times x - mean."""
     cdef:
         Bands[floating] a
-        double[:, :, ::1] sums = np.empty((min(16, x.shape[0]), x.shape[1], 2))
-        long parts = sums.shape[0], i
+        double[:, :, ::1] partial = np.empty((min(16, x.shape[0]), x.shape[1], 2))
+        long parts = partial.shape[0], i
         bint back = turn()
         int threads = team(parts, size(shape_of(x, 16)))
     same_shape(x, dx)
@@ -261,10 +261,10 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     same_length("shift", shift.shape[0], x.shape[1])
     same_length("mean", mean.shape[0], x.shape[1])
     a.x_shape, a.raw, a.dx = shape_of(x, 16 * x.shape[0]), view(x), view(dx)
-    a.relu, a.parts, a.sums = relu, parts, &sums[0, 0, 0]
+    a.relu, a.parts, a.sums = relu, parts, &partial[0, 0, 0]
     a.scale, a.shift, a.x_mean, a.add, a.formed = &scale[0], &shift[0], &mean[0], maybe(add), nothing(<floating>0)
     if add is not None:
         same_shape(x, add)
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
         kernels.norm_gradient_sums(&a, parts - 1 - i if back else i)
-    return total_of(sums)
+    add_up(partial, sums)

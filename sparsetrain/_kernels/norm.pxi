@@ -33,9 +33,10 @@ def batch_norm(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, long images
 
 def batch_norm_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
                         floating[:, :, :, :, :] dx, long images, const floating[::1] gamma, const floating[::1] beta,
-                        floating[::1] mean, floating[::1] var, floating[::1] dgamma, floating[::1] dbeta,
-                        double eps, bint training, bint relu, floating[:, :, :, :, :] dadd=None):
-    """Gradients of batch_norm(): writes dx, and dadd if given; adds to dgamma and dbeta.
+                        floating[::1] mean, floating[::1] var, floating[::1] dgamma, bint add_to_dgamma,
+                        floating[::1] dbeta, bint add_to_dbeta, double eps, bint training, bint relu,
+                        floating[:, :, :, :, :] dadd=None):
+    """Gradients of batch_norm(): writes dx, and dadd if given, and dgamma and dbeta or adds to them.
 
     dx may be dy. With `relu`, y says where it let pass; y None: nothing was added, and it is formed again from x.
     """
@@ -64,6 +65,10 @@ def batch_norm_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, fl
         a.dadd = view(dadd)  # OUT
     a.gamma, a.beta, a.eps, a.training, a.relu = &gamma[0], &beta[0], eps, training, relu
     a.mean, a.var = &mean[0], &var[0]
+    if not add_to_dgamma:
+        dgamma[:] = 0
+    if not add_to_dbeta:
+        dbeta[:] = 0
     a.dgamma, a.dbeta = &dgamma[0], &dbeta[0]  # OUT
     threads = team(n, size(a.shape))
     chunks = chunks_of(n, threads)
@@ -88,12 +93,14 @@ def batch_norm_line(const floating[::1] gamma, const floating[::1] beta, const f
 
 
 def track_moments(floating[::1] running_mean, const floating[::1] mean, floating[::1] running_var,
-                  const floating[::1] var, double factor, double share):
-    """running_mean[:] += share (mean - running_mean), running_var[:] += share (factor var - running_var)."""
+                  const floating[::1] var, double factor, double share, int64_t[::1] batches):
+    """running_mean[:] += share (mean - running_mean), running_var[:] += share (factor var - running_var), batches[0] += 1."""
     cdef long n = mean.shape[0], c
     same_length("running_mean", running_mean.shape[0], n)
     same_length("running_var", running_var.shape[0], n)
     same_length("var", var.shape[0], n)
+    same_length("batches", batches.shape[0], 1)
+    batches[0] += 1  # OUT
     for c in range(n):  # OUT running_mean, running_var
         running_mean[c] += <floating>share * (mean[c] - running_mean[c])
         running_var[c] += <floating>share * (<floating>factor * var[c] - running_var[c])

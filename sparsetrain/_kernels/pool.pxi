@@ -45,11 +45,10 @@ def max_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, const int32_t
 def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
                       floating[:, :, :, :, :] dx, const int32_t[:, ::1] h, const int32_t[:, ::1] w,
                       const floating[::1] scale=None, const floating[::1] shift=None, bint relu=False,
-                      floating[:, :, :, :, :] add=None, const floating[::1] mean=None):
+                      floating[:, :, :, :, :] add=None, const floating[::1] mean=None, double[:, ::1] sums=None):
     """dx[:] = the gradients of the windows at their first maximum.
 
-    If scale is given, dx is zero where the ReLU is closed, as of norm_gradient_sums(), and the sums (2, channels) of it and
-    of it times x - mean are returned, else None.
+    If scale is given, dx is zero where the ReLU is closed and sums (2, channels) are set, as by norm_gradient_sums().
     """
     same_shape(x, dx)
     same_shape(y, dy)
@@ -58,15 +57,16 @@ def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floa
         long n = a.x_shape.blocks * a.x_shape.channels, c
         int threads = team(n, size(a.x_shape))
         long chunks = chunks_of(n, threads)
-        double[:, :, ::1] sums
+        double[:, :, ::1] partial
     a.dy, a.dx = view(dy), view(dx)  # OUT dx
     if scale is not None:
         same_length("mean", mean.shape[0], x.shape[1])
-        sums = np.empty((x.shape[0], x.shape[1], 2))
-        a.mean, a.sums = &mean[0], &sums[0, 0, 0]
+        partial = np.empty((x.shape[0], x.shape[1], 2))
+        a.mean, a.sums = &mean[0], &partial[0, 0, 0]
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.max_pool_backward(&a, n * c // chunks, n * (c + 1) // chunks)
-    return None if scale is None else total_of(sums)
+    if scale is not None:
+        add_up(partial, sums)
 
 
 def avg_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,

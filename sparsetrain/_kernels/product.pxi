@@ -13,7 +13,8 @@ cdef class Plan:
     first position; x_origin: the first pixel to fetch ahead for it; overlap: how many pixels more than x_pixels a
     position to fetch.
     run: 0, or how many tiles of 2 x 2 pixels winograd.hh meets at once; then positions are such tiles, `size` are the rows and
-    columns of y in pixels, run_tile the tiles in registers, and the values are those of winograd_weights().
+    columns of y in pixels, run_tile the tiles in registers, and the values are made of the parameter's: transform says at which
+    steps the rows and columns of its 3x3 weights lie, and whether they are turned by half a turn.
     """
     cdef:
         readonly tuple tile, order
@@ -31,13 +32,15 @@ cdef class Plan:
         long overlap[3]
         long pixel[3]
         long size[2]
+        long weight_step[2]
+        bint flip
         long x_origin, y_origin, channels
         double work
 
     def __init__(self, *, const int32_t[::1] offsets, const int32_t[::1] places, const int32_t[:, ::1] segments,
                  const int32_t[::1] chunks, const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
                  overlap, x_origin, y_origin, long channels, long group, long rows, long row_step, long rows_at_once,
-                 long n_values, long parts, double work, long run, long run_tile, size):
+                 long n_values, long parts, double work, long run, long run_tile, size, transform):
         cdef int i
         self.tile, self.order, self.group = tuple(tile), tuple(order), group
         self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
@@ -52,6 +55,7 @@ cdef class Plan:
         pixels, overlap, pixel = (1, *x_pixels), (0, *overlap), (x_strides[0], x_strides[2], 16)
         self.run, self.run_tile = run, run_tile
         self.size[0], self.size[1] = size
+        self.weight_step[0], self.weight_step[1], self.flip = transform
         self.n_tiles = 1
         for i in range(3):
             self.x_strides[i], self.y_strides[i] = x_strides[i], y_strides[i]
@@ -119,6 +123,33 @@ cdef Product[floating] product(Plan p, floating[:, :, :, :, :] x, floating[:, :,
     return a
 
 
+cdef const floating *values_of(Plan p, const floating[::1] values, list held) except? NULL:
+    """The plan's values, of those given. Where they are made of these, winograd.hh's G w G^T (16, rows, channels), they lie in
+    memory that is used again once `held` is gone."""
+    cdef:
+        long rows = p.rows, columns = p.channels, n = 9 * rows * columns if p.run else p.n_values, c
+        int threads
+        long chunks
+        const floating *w
+        floating *o
+        Buffer buffer
+    same_length("values", values.shape[0], n)
+    if n == 0:
+        return NULL
+    w = &values[0]
+    if not p.run:
+        return w
+    buffer = Buffer("transformed weights", p.n_values * sizeof(floating))
+    held.append(buffer)
+    o = <floating *>buffer.data
+    threads = team(rows, 10. * rows * columns)
+    chunks = chunks_of(rows, threads)
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        kernels.winograd_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, columns, p.weight_step[0], p.weight_step[1],
+                                 p.flip, w, o)
+    return o
+
+
 def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const floating[::1] bias,
          floating[:, :, :, :, :] y, bint accumulate=False, bint relu=False):
     """y[row, p] = bias[row] + the sum over the row's entries e of values[e] x[p + offsets[e]].
@@ -134,30 +165,14 @@ def spmm(Plan plan, floating[:, :, :, :, :] x, const floating[::1] values, const
         long each = plan.scratch_size()
         Buffer scratch = Buffer("scratch", each * threads * sizeof(floating))
         floating *s = <floating *>scratch.data
-    same_length("values", values.shape[0], plan.n_values)
+        list held = []
     if bias is not None:
         same_length("bias", bias.shape[0], plan.rows)
-    a.values = &values[0] if plan.n_values else NULL
+    a.values = values_of(plan, values, held)
     a.bias = &bias[0] if bias is not None else NULL
     a.accumulate, a.relu, a.far = accumulate, relu, is_far(y) and not accumulate and not plan.run
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=run):
         kernels.spmm(&a, i, s + each * threadid())
-
-
-def winograd_weights(const floating[::1] weights, long rows, long columns, long row_step, long column_step, bint flip):
-    """G w G^T (16, rows, columns), flat, of the 3x3 weights w at row * row_step + column * column_step, turned by half a turn if
-    flip (winograd.hh). Let it go soon: its memory is used again."""
-    cdef:
-        long size = 16 * rows * columns
-        Buffer buffer = Buffer("transformed weights", size * sizeof(floating))
-        int threads = team(rows, 10. * rows * columns)
-        long chunks = chunks_of(rows, threads), c
-        const floating *w = &weights[0]
-        floating *o = <floating *>buffer.data
-    same_length("weights", weights.shape[0], 9 * rows * columns)
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.winograd_weights(rows * c // chunks, rows * (c + 1) // chunks, rows, columns, row_step, column_step, flip, w, o)
-    return np.asarray(buffer)[: size * sizeof(floating)].view(np.float32 if sizeof(floating) == 4 else np.float64)
 
 
 def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[::1] grad, bint accumulate):

@@ -20,6 +20,7 @@ class BatchNorm2d(Module):
     unbiased); evaluation uses the running ones. Source: Ioffe & Szegedy, arXiv 1502.03167.
     """
 
+    replays = True
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     fuses_relu = fuses_add = reuses_dy = True
     _ndim = 4
@@ -53,8 +54,8 @@ class BatchNorm2d(Module):
         if not self.training:
             return
         factor = values / (values - 1)
-        core.track_moments(self.running_mean, mean, self.running_var, var, factor, self.momentum)
-        self.num_batches_tracked.fill(self.num_batches_tracked.item() + 1)  # 0.1 us; += takes 1
+        batches = self.num_batches_tracked.reshape(1)
+        core.track_moments(self.running_mean, mean, self.running_var, var, factor, self.momentum, batches)
 
     def forward(self, x, halo, add=None, relu=False):
         """relu: of the result. add: a Blocked that is added before; backward(dy, halo, add_halo) -> (dx, dadd) then."""
@@ -76,16 +77,11 @@ class BatchNorm2d(Module):
             halo = halo or (0, 0)
             dx = dy if dy.has_halo(halo) else x.like(halo)
             dadd = x.like(add_halo) if fused_add else None
-            grads = []
-            for p in (self.weight, self.bias):
-                grad, accumulate = p.gradient()
-                if not accumulate:
-                    grad.fill(0)
-                grads.append(grad)
             start = time.perf_counter()
             core.batch_norm_backward(
                 x.array, None if output is None else output.array, dy.array, dx.array, x.n, self.weight.data,
-                self.bias.data, mean, var, *grads, self.eps, training, relu, None if dadd is None else dadd.array,
+                self.bias.data, mean, var, *self.weight.gradient(), *self.bias.gradient(), self.eps, training, relu,
+                None if dadd is None else dadd.array,
             )  # fmt: skip
             tell("batch_norm_backward", start, [x, output, dy], [dx, dadd])
             return (dx, dadd) if fused_add else dx
@@ -99,4 +95,5 @@ class BatchNorm2d(Module):
 class BatchNorm1d(BatchNorm2d):
     """BatchNorm2d for x (N, num_features)."""
 
+    replays = True
     _ndim = 2

@@ -420,14 +420,14 @@ def batch_norm(x, dy, add=None, relu=False):
     """y, mean, var, dx, dgamma, dbeta, dadd of one training step with gamma 2, beta 1."""
     c, dtype = x.shape[1], x.dtype
     gamma, beta = np.full(c, 2, dtype), np.ones(c, dtype)
-    mean, var, dgamma, dbeta = (np.full(c, fill, dtype) for fill in (np.nan, np.nan, 0, 0))
+    mean, var, dgamma, dbeta = (np.full(c, np.nan, dtype) for _ in range(4))
     x, dy = activation(x, (1, 0)), arrays.pack(dy)
     y, dx, dadd, more, seen = x.like((1, 1)), x.like((2, 0)), None, None, None
     if add is not None:
         dadd, more, seen = x.like((0, 1)).array, activation(add).array, y.array
     core.batch_norm(x.array, y.array, x.n, gamma, beta, mean, var, 1e-5, True, relu, more)
     of_x = x.array, seen, dy.array, dx.array, x.n, gamma, beta, mean, var
-    core.batch_norm_backward(*of_x, dgamma, dbeta, 1e-5, True, relu, dadd)
+    core.batch_norm_backward(*of_x, dgamma, False, dbeta, False, 1e-5, True, relu, dadd)
     if dadd is not None:
         dadd = of_gradient(arrays.Blocked(dadd, x.n, (0, 1), 4))
     return arrays.unpack(y), mean, var, of_gradient(dx), dgamma, dbeta, dadd
