@@ -97,6 +97,41 @@ def release():
     _free.clear()
 
 
+def memory_of(array):
+    """(address, bytes) of all the memory that a Blocked's array lies in."""
+    return array.base.__array_interface__["data"][0], array.base.nbytes
+
+
+class Taken:
+    """Arrays that are not in use, taken for calls that write to them again and again; given back once this is gone.
+
+    memory: a set of memory_of(). `whole`: whether all of it was there to be taken; if not, none is.
+    """
+
+    def __init__(self, memory):
+        found = [(key, array) for key, idle in _free.items() for array in idle if memory_of(array) in memory]
+        self.whole = len(found) == len(memory)
+        self.arrays = found if self.whole else []
+        for key, array in self.arrays:
+            _free[key] = [other for other in _free[key] if other is not array]
+
+    def __del__(self):
+        for key, array in self.arrays if _free is not None else ():
+            _free.setdefault(key, []).append(array)
+
+
+class _Address:
+    """Memory that somebody else keeps."""
+
+    def __init__(self, array):
+        self.__array_interface__ = array.__array_interface__
+
+
+def unowned(array):
+    """The same memory, which the result does not keep: let it go before whoever does."""
+    return np.asarray(_Address(array))
+
+
 def check(name, x):
     """ValueError or TypeError unless x is a batch: an ndarray (N, C, H, W) or (N, F), float32 or float64, not empty."""
     if not isinstance(x, np.ndarray):
@@ -109,10 +144,12 @@ def check(name, x):
         raise ValueError(f"{name} has shape {x.shape}, which is empty")
 
 
-def pack(x, halo=(0, 0)):
-    """The Blocked with the values of x, an ndarray (N, C, H, W) or (N, F), float32 or float64."""
+def pack(x, halo=(0, 0), into=None):
+    """The Blocked with the values of x, an ndarray (N, C, H, W) or (N, F), float32 or float64.
+
+    `into`, of this geometry, gets them if given."""
     check("x", x)
-    blocked = empty(x.shape[0], *(x.shape[1:] if x.ndim == 4 else (x.shape[1], 1, 1)), x.dtype, halo, x.ndim)
+    blocked = into or empty(x.shape[0], *(x.shape[1:] if x.ndim == 4 else (x.shape[1], 1, 1)), x.dtype, halo, x.ndim)
     core.to_blocked(np.ascontiguousarray(x).reshape(x.shape if x.ndim == 4 else (*x.shape, 1, 1)), blocked.array)
     return blocked
 

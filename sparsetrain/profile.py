@@ -203,7 +203,7 @@ class _as_it_was:
     def __enter__(self):
         modules = [module for _, module in self.model.named_modules()]
         self.modules = [(module, module.training) for module in modules]
-        self.call = self.model._backward, self.model._output
+        self.call = self.model.runner.last
         self.gradients = [(p, p.grad, p._buffer) for p in self.model.parameters()]
         self.buffers = [(b, b.copy()) for _, b in self.model.named_buffers()]
         backprop = [module.backprop for module in modules if getattr(module, "backprop", None) is not None]
@@ -213,7 +213,7 @@ class _as_it_was:
     def __exit__(self, *error):
         for module, training in self.modules:
             module.training = training
-        self.model._backward, self.model._output = self.call
+        self.model.runner.last = self.call
         for parameter, gradient, buffer in self.gradients:
             parameter.grad, parameter._buffer = gradient, buffer
         for buffer, before in self.buffers:

@@ -5,6 +5,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from sparsetrain.tape import eager
+
 _listener = None
 
 
@@ -40,7 +42,8 @@ def record(callback):
     global _listener
     before, _listener = _listener, callback
     try:
-        yield
+        with eager():
+            yield
     finally:
         _listener = before
 

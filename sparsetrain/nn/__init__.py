@@ -14,11 +14,12 @@ from sparsetrain.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from sparsetrain.nn.relu import ReLU
 from sparsetrain.nn.summary import summary
 from sparsetrain.sparse import Parameter
+from sparsetrain.tape import eager
 
 Module.summary = summary
 
 __all__ = [
     "AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Conv2d", "Dropout", "Flatten", "Linear",
-    "MaxPool2d", "Module", "PadChannels", "Parameter", "ReLU", "Residual", "Sequential", "cross_entropy", "models",
-    "mse_loss", "no_grad", "observe", "summary", "unfused",
+    "MaxPool2d", "Module", "PadChannels", "Parameter", "ReLU", "Residual", "Sequential", "cross_entropy", "eager",
+    "models", "mse_loss", "no_grad", "observe", "summary", "unfused",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from sparsetrain.nn.convnorm import ConvNorm
 from sparsetrain.nn.module import Module
 from sparsetrain.nn.relu import ReLU
 from sparsetrain.normed import Normed
+from sparsetrain.tape import eager
 
 _fuses = True
 
@@ -24,7 +25,8 @@ def unfused():
     global _fuses
     before, _fuses = _fuses, False
     try:
-        yield
+        with eager():
+            yield
     finally:
         _fuses = before
 
@@ -32,11 +34,13 @@ def unfused():
 class Sequential(Module):
     """The layers one after the other; named "0", "1", ... Indexing and len() work as for a list."""
 
+    replays = True
+
     def __init__(self, *layers):
         for i, layer in enumerate(layers):
             if not isinstance(layer, Module):
                 raise TypeError(f"layer {i} is a {type(layer).__name__}, must be a Module")
-        self.layers = list(layers)
+        self.layers = tuple(layers)
 
     def children(self):
         return [(str(i), layer) for i, layer in enumerate(self.layers)]
@@ -133,6 +137,8 @@ def _gradient_halos(layers, halo):
 
 class Residual(Module):
     """body(x) + shortcut(x), or body(x) + x without a shortcut."""
+
+    replays = True
 
     def __init__(self, body, shortcut=None):
         for name, module in (("body", body), ("shortcut", shortcut)):

@@ -12,6 +12,7 @@ class Conv2d(Module):
     bias (out,) or None. kernel_size, stride, padding (of zeros) and dilation are ints or (vertical, horizontal).
     """
 
+    replays = True
     fuses_into = True
     backprop = None  # what a method of backprop does in this layer instead of the exact backward pass
     probe = None  # a method of sparsity's look at the gradients of weights that are not stored

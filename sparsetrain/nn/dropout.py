@@ -11,6 +11,8 @@ class Dropout(Module):
     Source: Srivastava et al., JMLR 15 (2014).
     """
 
+    replays = True
+
     def __init__(self, p=0.5):
         self.p = checks.fraction("p", p)
 

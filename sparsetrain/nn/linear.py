@@ -11,6 +11,7 @@ class Linear(Module):
     x (N, in_features), y (N, out_features); weight (out, in), dense or sparse, and bias (out,) or None.
     """
 
+    replays = True
     geometry = plans.Geometry()  # of a convolution of one pixel
     fuses_into = True
     backprop = None  # what a method of backprop does in this layer instead of the exact backward pass

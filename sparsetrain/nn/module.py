@@ -7,7 +7,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from sparsetrain import arrays
+from sparsetrain.nn.replay import Runner
 from sparsetrain.sparse import Parameter
+from sparsetrain.tape import eager
 
 _keep = True  # whether forward keeps what backward needs
 _observer = None  # called after the forward and backward of every leaf layer
@@ -31,7 +33,7 @@ def evaluating(model):
     Afterwards each module's mode is put back, and backward() belongs to the last call before.
     """
     modes = [(module, module.training) for _, module in model.named_modules()]
-    last_call = model._backward, model._output
+    last_call = model.runner.last
     model.eval()
     try:
         with no_grad():
@@ -39,7 +41,7 @@ def evaluating(model):
     finally:
         for module, training in modes:
             module.training = training
-        model._backward, model._output = last_call
+        model.runner.last = last_call
 
 
 @contextmanager
@@ -65,7 +67,8 @@ def watch(callback):
     global _observer
     before, _observer = _observer, callback
     try:
-        yield
+        with eager():
+            yield
     finally:
         _observer = before
 
@@ -104,6 +107,9 @@ class Module:
     pixels around it and backward(dy, halo) -> dx, which also adds the gradients of the layer's parameters; halo
     None means that dx is not wanted, and dx may be written into dy. Parameters and modules that are attributes are
     found by themselves.
+
+    A class may say `replays = True` of itself, not of its subclasses, if its passes do nothing to arrays but by ops.py,
+    and depend on nothing but its attributes, of which none but arrays change in place: see replay.py.
     """
 
     training = True
@@ -113,7 +119,6 @@ class Module:
     # What a container may ask for: forward(..., relu=True) and forward(..., add=Blocked) as in BatchNorm2d,
     # backward(..., into=Blocked), which dx is added to, as in Conv2d; and whether backward writes dx into dy.
     fuses_relu = fuses_add = fuses_into = reuses_dy = False
-    _backward = _output = None  # of the last call: the function, and the output's shape and dtype
 
     def forward(self, x, halo):
         raise TypeError(f"{type(self).__name__} does not define forward(x, halo)")
@@ -123,12 +128,10 @@ class Module:
     def __call__(self, x):
         """The output for x, an ndarray (N, C, H, W) or (N, F) with the parameters' dtype, as an ndarray."""
         try:
-            y, self._backward = self.run(arrays.pack(x, self.halo), (0, 0))
+            return self.runner.forward(self, x, _keep)
         except (TypeError, ValueError) as error:
             layer = self._name_of(getattr(error, "layer", self))
             raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
-        self._output = y.shape, y.dtype
-        return arrays.unpack(y)
 
     def backward(self, dy, input_gradient=True):
         """dx for the upstream gradient dy of the last call (None unless input_gradient); adds parameters' gradients.
@@ -136,17 +139,22 @@ class Module:
         dy is an ndarray of the output's shape and dtype, else ValueError or TypeError. ValueError also if no call has
         kept what is needed.
         """
-        if self._backward is None:
+        if self.runner.last is None:
             raise ValueError("backward() needs a call of the module before it, outside no_grad()")
         arrays.check("dy", dy)
-        shape, dtype = self._output
+        shape, dtype = self.runner.last.output
         if dy.shape != shape:
             raise ValueError(f"dy has shape {dy.shape}, the output had {shape}")
         if dy.dtype != dtype:
             raise TypeError(f"dy has dtype {dy.dtype}, the output had {dtype}")
-        back, self._backward = self._backward, None
-        dx = back(arrays.pack(dy, self.grad_halo), (0, 0) if input_gradient else None)
-        return arrays.unpack(dx) if input_gradient else None
+        return self.runner.backward(self, dy, input_gradient)
+
+    @property
+    def runner(self):
+        """What runs this module on NumPy arrays."""
+        if "_runner" not in vars(self):
+            self._runner = Runner()
+        return self._runner
 
     def run(self, x, halo, **fused):
         """forward(), timed and reported if somebody observes. Containers run their layers with it."""
@@ -276,7 +284,7 @@ class Module:
     def __deepcopy__(self, memo):
         """A copy that has not run: what the last call kept refers to the parameters of this module."""
         other = memo[id(self)] = copy.copy(self)
-        vars(other).pop("_backward", None)
+        vars(other).pop("_runner", None)
         vars(other).update(copy.deepcopy(vars(other), memo))
         return other
 

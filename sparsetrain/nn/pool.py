@@ -31,6 +31,8 @@ class _Pool(Module):
 class MaxPool2d(_Pool):
     """The maximum of each window; padding never wins. The first maximum gets the gradient."""
 
+    replays = True
+
     def forward(self, x, halo):
         h, w = self._windows(x)
         y = ops.max_pool2d(x, h, w, halo)
@@ -44,12 +46,16 @@ class MaxPool2d(_Pool):
 class AvgPool2d(_Pool):
     """The mean of each window; padding counts as zeros."""
 
+    replays = True
+
     def forward(self, x, halo):
         return _average(x, *self._windows(x), halo)
 
 
 class AdaptiveAvgPool2d(Module):
     """The mean of windows that cover x evenly, output_size of them: an int or (vertical, horizontal)."""
+
+    replays = True
 
     def __init__(self, output_size):
         self.output_size = checks.pair("output_size", output_size, low=1)

@@ -7,6 +7,7 @@ from sparsetrain.nn.module import Module
 class ReLU(Module):
     """y = max(x, 0). After a convolution, linear layer or batch norm it runs in their pass."""
 
+    replays = True
     reuses_dy = True
 
     def forward(self, x, halo):
