@@ -8,10 +8,12 @@ import os
 
 import numpy as np
 
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython cimport floating, no_gc
 from cython.parallel cimport prange, threadid
 from libc.math cimport sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
+from libcpp.vector cimport vector
 
 from sparsetrain._kernels import memory
 from sparsetrain._kernels import threads as _threads
@@ -274,9 +276,10 @@ include "product.pxi"
 include "bands.pxi"
 include "sparse_gradient.pxi"
 include "int8.pxi"
+include "optim.pxi"
 
 
-# ---- loss and optimisers
+# ---- loss
 
 def cross_entropy(const floating[:, ::1] logits, const int64_t[::1] labels, double smoothing,
                   double[::1] loss, floating[:, ::1] gradient):
@@ -294,49 +297,6 @@ def cross_entropy(const floating[:, ::1] logits, const int64_t[::1] labels, doub
     same_length("gradient", gradient.shape[0] * gradient.shape[1], n * classes)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.cross_entropy(n * c // chunks, n * (c + 1) // chunks, n, classes, smoothing, z, k, out, g)
-
-
-def sgd_step(floating[::1] data, const floating[::1] grad, floating[::1] buffer, double lr, double momentum,
-             bint nesterov, double weight_decay, bint first):
-    """One step of SGD in place on data and buffer (None without momentum); first: buffer = grad."""
-    cdef:
-        long n = data.shape[0], c
-        int threads = team(n, n)
-        long chunks = chunks_of(n, threads)
-        floating *d
-        const floating *g
-        floating *b = NULL
-    same_length("grad", grad.shape[0], n)
-    if n == 0:
-        return
-    d, g = &data[0], &grad[0]  # OUT data
-    if buffer is not None:
-        same_length("buffer", buffer.shape[0], n)
-        b = &buffer[0]  # OUT
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.sgd(n * c // chunks, n * (c + 1) // chunks, d, g, b, lr, momentum, nesterov, weight_decay, first)
-
-
-def adam_step(floating[::1] data, const floating[::1] grad, floating[::1] m, floating[::1] v, long step, double lr,
-              double beta1, double beta2, double eps, double weight_decay, bint decoupled):
-    """One step of Adam (AdamW if decoupled) in place on data, m and v; step counts from 1."""
-    cdef:
-        long n = data.shape[0], c
-        int threads = team(n, n)
-        long chunks = chunks_of(n, threads)
-        floating *d
-        const floating *g
-        floating *mp
-        floating *vp
-    same_length("grad", grad.shape[0], n)
-    same_length("m", m.shape[0], n)
-    same_length("v", v.shape[0], n)
-    if n == 0:
-        return
-    d, g, mp, vp = &data[0], &grad[0], &m[0], &v[0]  # OUT data, m, v
-    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        kernels.adam(n * c // chunks, n * (c + 1) // chunks, d, g, mp, vp, step, lr, beta1, beta2, eps, weight_decay,
-                     decoupled)
 
 
 # ---- what the machine can do at best: row t of an array (threads, n) is for thread t alone

@@ -240,7 +240,7 @@ template <class T> struct Kernels {
     void (*cross_entropy)(long begin, long end, long n, long classes, double smoothing, const T *logits,
                           const int64_t *labels, double *loss, T *gradient);
     void (*sgd)(long begin, long end, T *data, const T *grad, T *buffer, double lr, double momentum, bool nesterov,
-                double weight_decay, bool first);
+                double weight_decay);
     void (*adam)(long begin, long end, T *data, const T *grad, T *m, T *v, long step, double lr, double beta1,
                  double beta2, double eps, double weight_decay, bool decoupled);
 

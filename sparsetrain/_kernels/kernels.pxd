@@ -172,7 +172,7 @@ cdef extern from "dispatch.hh" nogil:
     void to_blocked[T](Shape, const T *, View[T], long, long)
     void from_blocked[T](Shape, View[T], T *, long, long)
     void cross_entropy[T](long, long, long, long, double, const T *, const int64_t *, double *, T *)
-    void sgd[T](long, long, T *, const T *, T *, double, double, bint, double, bint)
+    void sgd[T](long, long, T *, const T *, T *, double, double, bint, double)
     void adam[T](long, long, T *, const T *, T *, T *, long, double, double, double, double, double, bint)
     void multiply_add[T](long, T, T, T *)
     void read_sum[T](long, long, const T *, T *)

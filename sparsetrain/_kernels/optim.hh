@@ -2,13 +2,13 @@
 
 template <class T>
 void sgd(long begin, long end, T *data, const T *grad, T *buffer, double lr, double momentum, bool nesterov,
-         double weight_decay, bool first) {
+         double weight_decay) {
     FlushToZero flush;
     const T rate = T(lr), mu = T(momentum), decay = T(weight_decay);
     for (long i = begin; i < end; i++) {
         T g = grad[i] + decay * data[i];
         if (buffer) {
-            buffer[i] = first ? g : mu * buffer[i] + g;
+            buffer[i] = mu * buffer[i] + g;
             g = nesterov ? g + mu * buffer[i] : buffer[i];
         }
         data[i] -= rate * g;

@@ -29,19 +29,8 @@ class Adam(Optimizer):
         self.eps = checks.number("eps", eps, low=0.0)
         self.weight_decay = checks.number("weight_decay", weight_decay, low=0.0)
 
-    def update(self, parameter, step):
-        core.adam_step(
-            parameter.data.reshape(-1),
-            parameter.grad.reshape(-1),
-            self.slot(parameter, "m"),
-            self.slot(parameter, "v"),
-            step,
-            self.lr,
-            *self.betas,
-            self.eps,
-            self.weight_decay,
-            self.decoupled,
-        )
+    def update(self, rows, steps):
+        core.adam_step(rows, steps, self.lr, *self.betas, self.eps, self.weight_decay, self.decoupled)
 
 
 class AdamW(Adam):

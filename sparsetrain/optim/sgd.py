@@ -36,16 +36,21 @@ class Optimizer:
 
     def step(self):
         """Update every parameter that has a gradient, in place."""
-        for name, parameter in zip(self.names, self.params, strict=True):
-            if parameter.grad is not None:
-                _check_gradient(name, parameter)
-        for i, parameter in enumerate(self.params):
-            if parameter.grad is not None:
-                self.steps[i] += 1
-                self.update(parameter, self.steps[i])
+        moving = [(i, parameter) for i, parameter in enumerate(self.params) if parameter.grad is not None]
+        for i, parameter in moving:
+            _check_gradient(self.names[i], parameter)
+        slots = self.slots_of_now()
+        rows = [(p.data, p.grad, *[self.slot(p, name) for name in slots]) for _, p in moving]
+        self.update(rows, [self.steps[i] + 1 for i, _ in moving])
+        for i, _ in moving:
+            self.steps[i] += 1
 
-    def update(self, parameter, step):
-        """Update one parameter; step counts from 1."""
+    def slots_of_now(self):
+        """The slots that a step needs with the settings of now."""
+        return self.slots
+
+    def update(self, rows, steps):
+        """Update parameters in place: of each a row (data, gradient, *slots_of_now()) and its step, counted from 1."""
         raise NotImplementedError(f"{type(self).__name__} has no update()")
 
     def zero_grad(self):
@@ -54,10 +59,10 @@ class Optimizer:
             parameter.grad = None
 
     def slot(self, parameter, name):
-        """The parameter's optimiser array of this name, flat; zeros when it is new."""
+        """The parameter's optimiser array of this name; zeros when it is new."""
         if name not in parameter.slots:
             parameter.slots[name] = np.zeros_like(parameter.data)
-        return parameter.slots[name].reshape(-1)
+        return parameter.slots[name]
 
     def state_dict(self):
         """Settings, steps taken, and copies of all slots, by parameter name."""
@@ -125,19 +130,11 @@ class SGD(Optimizer):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov is True and momentum is 0, nesterov needs a momentum > 0")
 
-    def update(self, parameter, step):
-        first = "momentum" not in parameter.slots
-        velocity = self.slot(parameter, "momentum") if self.momentum else None
-        core.sgd_step(
-            parameter.data.reshape(-1),
-            parameter.grad.reshape(-1),
-            velocity,
-            self.lr,
-            self.momentum,
-            self.nesterov,
-            self.weight_decay,
-            first,
-        )
+    def slots_of_now(self):
+        return self.slots if self.momentum else ()
+
+    def update(self, rows, steps):
+        core.sgd_step(rows, self.lr, self.momentum, self.nesterov, self.weight_decay)
 
 
 def _named(params):

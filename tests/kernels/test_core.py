@@ -562,10 +562,12 @@ def test_sgd(n, dtype, isa, threads):
         (0.9, False, 0.1),
         (0.9, True, 0.1),
     ]:
-        data, buffer = w.copy(), np.full(n, np.nan, dtype) if momentum else None
+        data, buffer = w.copy(), np.zeros(n, dtype)
+        other = [np.ones((3, 2), np.float64), np.ones((3, 2)), np.ones((3, 2))]  # the same pass, whatever the dtype
+        rows = [tuple(row) if momentum else tuple(row[:2]) for row in ([data, g, buffer], other)]
         expected, expected_buffer = w, None
-        for first in (True, False, False):
-            core.sgd_step(data, g, buffer, 0.1, momentum, nesterov, decay, first)
+        for _ in range(3):
+            core.sgd_step(rows, 0.1, momentum, nesterov, decay)
             expected, expected_buffer = ref.sgd(expected, g, expected_buffer, 0.1, momentum, nesterov, decay)
         np.testing.assert_allclose(data, expected, **close)
         if momentum:
@@ -582,7 +584,7 @@ def test_adam(n, decoupled, dtype, isa, threads):
     expected = w, np.zeros(n), np.zeros(n)
     step_of = ref.adamw if decoupled else ref.adam
     for step in (1, 2, 3):
-        core.adam_step(data, g, m, v, step, 0.01, 0.9, 0.999, 1e-8, 0.1, decoupled)
+        core.adam_step([(data, g, m, v)], [step], 0.01, 0.9, 0.999, 1e-8, 0.1, decoupled)
         w, *slots = expected
         expected = step_of(w, g, *slots, step, 0.01, weight_decay=0.1)
     for actual, wanted in zip((data, m, v), expected, strict=True):
@@ -600,7 +602,7 @@ def test_subnormals_are_zero_in_kernels_and_whole_outside(isa, threads):
     y = ops.conv2d(x, weight, None, plans.Geometry())
     ops.conv2d_backward(x, weight, None, plans.Geometry(), y)
     data = np.full(100_000, 1e-39, np.float32)
-    core.sgd_step(data, data.copy(), None, 0.1, 0, False, 0, True)
+    core.sgd_step([(data, data.copy())], 0.1, 0, False, 0)
     batch_norm(arrays.unpack(x), arrays.unpack(x))
     assert (small * np.float32(0.01)) == product_before != 0
     assert np.float32(1e-39) + np.float32(1e-39) != 0
