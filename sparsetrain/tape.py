@@ -20,7 +20,9 @@ _AGAIN = frozenset((
     "norm_gradient_sums", "norm_parameter_gradients", "relu", "relu_backward", "sddmm", "spmm", "spread_values",
     "track_moments",
 ))  # fmt: skip
-_ASKS = frozenset(("available_isas", "get_isa", "get_num_threads", "get_vnni", "tile_limits", "vector_lanes"))
+_ASKS = frozenset((
+    "available_isas", "get_isa", "get_num_threads", "get_vnni", "looked_at", "tile_limits", "vector_lanes",
+))  # fmt: skip
 
 _lock = threading.RLock()  # one thread at a time puts others in the place of core's functions
 _eager = False
@@ -78,23 +80,26 @@ class Tape:
         return run
 
     def _add(self, function, arguments, options):
-        arguments = [self.kept(a) for a in arguments]
-        options = {name: self.kept(a) for name, a in options.items()}
         # The function for the dtype: core would look at the arguments to find it. Some are float64 in any case.
         single = any(getattr(a, "dtype", None) == np.float32 for a in (*arguments, *options.values()))
         function = function.__signatures__["float" if single else "double"]
+        arguments = [self._kept(a) for a in arguments]
+        options = {name: self._kept(a) for name, a in options.items()}
         self.calls.append((function, arguments, options))
 
-    def kept(self, value):
+    def _kept(self, value):
         """The value as a call keeps it."""
         if isinstance(value, np.ndarray) and value.ndim == 5:
-            self.memory.add(arrays.memory_of(value))
-            return arrays.unowned(value)
+            return core.looked_at(self._unowned(value))
         return value
 
+    def _unowned(self, array):
+        self.memory.add(arrays.memory_of(array))
+        return arrays.unowned(array)
+
     def blocked(self, x):
-        """A Blocked as a call keeps its array."""
-        return arrays.Blocked(self.kept(x.array), x.n, x.halo, x.ndim, owner=self)
+        """The Blocked without its memory."""
+        return arrays.Blocked(self._unowned(x.array), x.n, x.halo, x.ndim, owner=self)
 
     def play(self):
         """Make the calls again."""

@@ -213,6 +213,11 @@ def copy(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y):
         kernels.copy(s, xv, yv, n * c // chunks, n * (c + 1) // chunks)
 
 
+def looked_at(floating[:, :, :, :, :] a):
+    """The array as the functions here see it: given this instead, they need not ask it for shape and strides again."""
+    return a
+
+
 # ---- elementwise layers
 
 def relu(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y):
