@@ -103,8 +103,7 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
         long each = plan.x_size + plan.tile_size
         Buffer scratch = Buffer("scratch", each * threads * sizeof(floating))
         floating *s = <floating *>scratch.data
-        double[::1] moments
-        double[:, ::1] joined
+        vector[double] moments, joined  # joined: means, then squares of the deviations from them
         double count, total = 0, share, away
         double *v
         list held = []
@@ -122,27 +121,27 @@ def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floa
     if mean is not None:
         same_length("mean", mean.shape[0], channels)
         same_length("var", var.shape[0], channels)
-        moments = np.empty(3 * n * channels)
-        a.moments = &moments[0]
+        moments.resize(3 * n * channels)
+        a.moments = moments.data()
     a.later = -threads if back else threads
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band(&a, n - 1 - i if back else i, s + each * threadid())
     if mean is None:
         return
-    joined = np.zeros((2, channels))  # mean, and squares of the deviations from it
+    joined.resize(2 * channels)
     for i in range(n):  # Chan, Golub & LeVeque's way to join the bands, in their order
         count = min(16, images - i // cuts * 16) * min(plan.run, y.shape[2] - i % cuts * plan.run) * y.shape[3]
         share, v = count / (total + count), a.moments + i * channels * 3
         for c in range(channels):
             away = v[1] * (1 / count)
-            joined[1, c] += v[2] - v[1] * away
-            away += v[0] - joined[0, c]
-            joined[1, c] += away * away * (total * share)
-            joined[0, c] += away * share
+            joined[channels + c] += v[2] - v[1] * away
+            away += v[0] - joined[c]
+            joined[channels + c] += away * away * (total * share)
+            joined[c] += away * share
             v += 3
         total += count
     for c in range(channels):
-        mean[c], var[c] = <floating>joined[0, c], <floating>(joined[1, c] / total)  # OUT
+        mean[c], var[c] = <floating>joined[c], <floating>(joined[channels + c] / total)  # OUT
 
 
 def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
@@ -168,8 +167,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         floating *s
         floating *p = <floating *>partial.data
         floating *gp
-        double[:, :, ::1] sums
-        floating[:, ::1] lines = np.empty((2, y.shape[1]), np.float32 if sizeof(floating) == 4 else np.float64)
+        vector[double] sums
+        vector[floating] mean_g, slope
         Plan step
         Product[floating] phase
         list held = []
@@ -179,10 +178,12 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     same_length("y_mean", y_mean.shape[0], y.shape[1])
     same_length("y_sums", y_sums.shape[1], y.shape[1])
     same_length("inverse", inverse.shape[0], y.shape[1])
-    for c in range(y.shape[1]):
-        lines[0, c] = <floating>(y_sums[0, c] / pixels) if pixels else 0
-        lines[1, c] = <floating>(y_sums[1, c] / pixels * (inverse[c] * inverse[c])) if pixels else 0
-    a.y_scale, a.y_mean, a.mean_g, a.slope = &y_scale[0], &y_mean[0], &lines[0, 0], &lines[1, 0]
+    mean_g.resize(y.shape[1])
+    slope.resize(y.shape[1])
+    for c in range(y.shape[1] if pixels else 0):
+        mean_g[c] = <floating>(y_sums[0, c] / pixels)
+        slope[c] = <floating>(y_sums[1, c] / pixels * (inverse[c] * inverse[c]))
+    a.y_scale, a.y_mean, a.mean_g, a.slope = &y_scale[0], &y_mean[0], mean_g.data(), slope.data()
     a.dy_halo[0], a.dy_halo[1] = plan.dy_halo[0], plan.dy_halo[1]
     a.dy_channel, a.dy_row, a.dy_size = plan.dy_channel, plan.dy_row, plan.dy_size
     a.gradient, a.gradient_axis = product_of(plan.gradient, <floating>0), row_axis(plan.gradient)
@@ -199,8 +200,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
             a.add_phase(phase, row_axis(step), step.y_origin)
         if scale is not None:
             same_length("x_mean", x_mean.shape[0], x.shape[1])
-            sums = np.empty((parts, x.shape[1], 2))
-            a.sums, a.x_mean = &sums[0, 0, 0], &x_mean[0]
+            sums.resize(parts * x.shape[1] * 2)
+            a.sums, a.x_mean = sums.data(), &x_mean[0]
     each = plan.x_size + plan.dy_size + plan.tile_size
     scratch = Buffer("scratch", each * threads * sizeof(floating))
     s = <floating *>scratch.data
@@ -214,19 +215,19 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
             kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, p, gp, accumulate)
     if a.sums != NULL:
-        add_up(sums, x_sums)
+        add_up(sums, x.shape[1], x_sums)
 
 
-cdef int add_up(const double[:, :, ::1] sums, double[:, ::1] total) except -1:
+cdef int add_up(const vector[double] &sums, long channels, double[:, ::1] total) except -1:
     """total[:] (2, channels) = the total of sums (parts, channels, 2)."""
     cdef long i, c
-    if total.shape[0] != 2 or total.shape[1] != sums.shape[1]:
-        raise ValueError(f"sums have shape {tuple(total.shape)[:2]}, must be (2, {sums.shape[1]})")
+    if total.shape[0] != 2 or total.shape[1] != channels:
+        raise ValueError(f"sums have shape {tuple(total.shape)[:2]}, must be (2, {channels})")
     total[:, :] = 0  # OUT
-    for i in range(sums.shape[0]):
-        for c in range(sums.shape[1]):
-            total[0, c] += sums[i, c, 0]
-            total[1, c] += sums[i, c, 1]
+    for i in range(0, <long>sums.size(), 2 * channels):
+        for c in range(channels):
+            total[0, c] += sums[i + 2 * c]
+            total[1, c] += sums[i + 2 * c + 1]
     return 0
 
 
@@ -252,19 +253,20 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     it and of it times x - mean."""
     cdef:
         Bands[floating] a
-        double[:, :, ::1] partial = np.empty((min(16, x.shape[0]), x.shape[1], 2))
-        long parts = partial.shape[0], i
+        vector[double] partial
+        long parts = min(16, x.shape[0]), i
         bint back = turn()
         int threads = team(parts, size(shape_of(x, 16)))
+    partial.resize(parts * x.shape[1] * 2)
     same_shape(x, dx)
     same_length("scale", scale.shape[0], x.shape[1])
     same_length("shift", shift.shape[0], x.shape[1])
     same_length("mean", mean.shape[0], x.shape[1])
     a.x_shape, a.raw, a.dx = shape_of(x, 16 * x.shape[0]), view(x), view(dx)
-    a.relu, a.parts, a.sums = relu, parts, &partial[0, 0, 0]
+    a.relu, a.parts, a.sums = relu, parts, partial.data()
     a.scale, a.shift, a.x_mean, a.add, a.formed = &scale[0], &shift[0], &mean[0], maybe(add), nothing(<floating>0)
     if add is not None:
         same_shape(x, add)
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
         kernels.norm_gradient_sums(&a, parts - 1 - i if back else i)
-    add_up(partial, sums)
+    add_up(partial, x.shape[1], sums)

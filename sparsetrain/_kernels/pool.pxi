@@ -57,16 +57,16 @@ def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floa
         long n = a.x_shape.blocks * a.x_shape.channels, c
         int threads = team(n, size(a.x_shape))
         long chunks = chunks_of(n, threads)
-        double[:, :, ::1] partial
+        vector[double] partial
     a.dy, a.dx = view(dy), view(dx)  # OUT dx
     if scale is not None:
         same_length("mean", mean.shape[0], x.shape[1])
-        partial = np.empty((x.shape[0], x.shape[1], 2))
-        a.mean, a.sums = &mean[0], &partial[0, 0, 0]
+        partial.resize(x.shape[0] * x.shape[1] * 2)
+        a.mean, a.sums = &mean[0], partial.data()
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.max_pool_backward(&a, n * c // chunks, n * (c + 1) // chunks)
     if scale is not None:
-        add_up(partial, sums)
+        add_up(partial, x.shape[1], sums)
 
 
 def avg_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
