@@ -1,6 +1,7 @@
 """Blocked arrays: 16 images side by side in the last axis, so that the batch is the vector."""
 
 import sys
+from contextlib import suppress
 
 import numpy as np
 
@@ -109,15 +110,29 @@ class Taken:
     """
 
     def __init__(self, memory):
-        found = [(key, array) for key, idle in _free.items() for array in idle if memory_of(array) in memory]
-        self.whole = len(found) == len(memory)
-        self.arrays = found if self.whole else []
-        for key, array in self.arrays:
-            _free[key] = [other for other in _free[key] if other is not array]
+        self.arrays = []
+        for key, idle in list(_free.items()):
+            looked_at = []
+            with suppress(IndexError):  # nobody else, in whatever thread, uses what has been popped
+                while True:
+                    looked_at.append(idle.pop())
+            for array in reversed(looked_at):
+                if memory_of(array) in memory:
+                    self.arrays.append((key, array))
+                else:
+                    idle.append(array)
+        self.whole = len(self.arrays) == len(memory)
+        if not self.whole:
+            self._give_back()
+
+    def _give_back(self):
+        while self.arrays:
+            key, array = self.arrays.pop()
+            _free.setdefault(key, []).append(array)
 
     def __del__(self):
-        for key, array in self.arrays if _free is not None else ():
-            _free.setdefault(key, []).append(array)
+        if _free is not None:
+            self._give_back()
 
 
 class _Address:

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 import weakref
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -23,6 +22,7 @@ from sparsetrain.nn.module import watch
 from sparsetrain.nn.summary import table
 from sparsetrain.normed import Normed
 from sparsetrain.record import record
+from sparsetrain.tape import eager
 from sparsetrain.version import VERSION
 
 FORMAT, SCHEMA = "sparsetrain profile", 1
@@ -146,7 +146,7 @@ def profile(model, x, labels=None, repeats=10, unfused=False):
     """
     repeats = checks.integer("repeats", repeats, low=1)
     threads = core.get_num_threads()
-    with _as_it_was(model), containers.unfused() if unfused else nullcontext():
+    with _as_it_was(model), containers.unfused() if unfused else eager():
         model.train()
         model.zero_grad()
         logits = model(x)

@@ -58,7 +58,9 @@ class Tape:
     def recording(self):
         """Within it, what this thread calls of core is also recorded."""
         with _lock:
-            compiled = {n: f for n, f in vars(core).items() if type(f).__name__.endswith(("_function", "_method"))}
+            compiled = {
+                n: f for n, f in list(vars(core).items()) if type(f).__name__.endswith(("_function", "_method"))
+            }
             functions = {n: f for n, f in compiled.items() if n[0] != "_" and n not in _ASKS}
             try:
                 vars(core).update({name: self._recorded(name, f) for name, f in functions.items()})

@@ -9,8 +9,8 @@ cdef struct Piece:
 
 
 cdef class Rows:
-    """The arrays of several parameters, which one pass goes over: `columns` of each, C-contiguous, writable, of one size
-    and dtype, float32 or float64."""
+    """The arrays of several parameters, which one pass goes over: `columns` of each, C-contiguous, writable but for the
+    second, of one size and dtype, float32 or float64."""
     cdef:
         vector[Py_buffer] arrays
         vector[Piece] pieces
@@ -26,7 +26,7 @@ cdef class Rows:
         for i, row in enumerate(rows):
             same_length("row", len(row), columns)
             for j in range(columns):
-                PyObject_GetBuffer(row[j], &b, PyBUF_FORMAT | PyBUF_WRITABLE)
+                PyObject_GetBuffer(row[j], &b, PyBUF_FORMAT if j == 1 else PyBUF_FORMAT | PyBUF_WRITABLE)
                 self.arrays.push_back(b)
                 first = self.arrays[i * columns]
                 if b.len != first.len or b.format[0] != first.format[0] or b.format not in (b"f", b"d"):

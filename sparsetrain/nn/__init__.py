@@ -8,10 +8,11 @@ from sparsetrain.nn.dropout import Dropout
 from sparsetrain.nn.flatten import Flatten
 from sparsetrain.nn.linear import Linear
 from sparsetrain.nn.loss import cross_entropy, mse_loss
-from sparsetrain.nn.module import Module, no_grad, observe
+from sparsetrain.nn.module import Module, observe
 from sparsetrain.nn.pad_channels import PadChannels
 from sparsetrain.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from sparsetrain.nn.relu import ReLU
+from sparsetrain.nn.replay import no_grad
 from sparsetrain.nn.summary import summary
 from sparsetrain.sparse import Parameter
 from sparsetrain.tape import eager

@@ -4,6 +4,7 @@ import time
 
 from sparsetrain import arrays, ops
 from sparsetrain.nn import module
+from sparsetrain.nn.replay import keeps
 from sparsetrain.normed import Norm, Normed, NormedGradient
 
 
@@ -62,7 +63,7 @@ class ConvNorm:
             dadd = arrays.Blocked(dy.array, dy.n, dy.halo, dy.ndim)
             return dx, dadd.with_halo(add_halo or (0, 0))
 
-        return out, backward if module.keeps() else None
+        return out, backward if keeps() else None
 
     def _one_by_one(self, x, halo, add, relu):
         y, conv_backward = self.conv.run(x, self.norm.halo)
@@ -75,4 +76,4 @@ class ConvNorm:
             dy, dadd = norm_backward(dy, self.conv.grad_halo, add_halo or (0, 0))
             return conv_backward(dy, halo, **options), dadd
 
-        return y, backward if module.keeps() else None
+        return y, backward if keeps() else None

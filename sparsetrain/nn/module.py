@@ -7,23 +7,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from sparsetrain import arrays
-from sparsetrain.nn.replay import Runner
+from sparsetrain.nn.replay import Runner, keeps, no_grad
 from sparsetrain.sparse import Parameter
 from sparsetrain.tape import eager
 
-_keep = True  # whether forward keeps what backward needs
 _observer = None  # called after the forward and backward of every leaf layer
-
-
-@contextmanager
-def no_grad():
-    """Within it, forward keeps nothing for backward."""
-    global _keep
-    before, _keep = _keep, False
-    try:
-        yield
-    finally:
-        _keep = before
 
 
 @contextmanager
@@ -71,11 +59,6 @@ def watch(callback):
             yield
     finally:
         _observer = before
-
-
-def keeps():
-    """Whether forward keeps what backward needs."""
-    return _keep
 
 
 def report(layer, phase, start, y):
@@ -128,7 +111,7 @@ class Module:
     def __call__(self, x):
         """The output for x, an ndarray (N, C, H, W) or (N, F) with the parameters' dtype, as an ndarray."""
         try:
-            return self.runner.forward(self, x, _keep)
+            return self.runner.forward(self, x)
         except (TypeError, ValueError) as error:
             layer = self._name_of(getattr(error, "layer", self))
             raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
@@ -163,7 +146,7 @@ class Module:
                 y, backward = self.forward(x, halo, **fused)
             else:
                 y, backward = self._observed(x, halo, fused)
-        return y, backward if _keep else None
+        return y, backward if keeps() else None
 
     def _observed(self, x, halo, fused):
         start = time.perf_counter()
@@ -281,10 +264,15 @@ class Module:
             else:
                 buffers[name][...] = value
 
+    def __copy__(self):
+        """A copy that has not run, with the same parameters and modules."""
+        other = object.__new__(type(self))
+        vars(other).update((name, value) for name, value in vars(self).items() if name != "_runner")
+        return other
+
     def __deepcopy__(self, memo):
-        """A copy that has not run: what the last call kept refers to the parameters of this module."""
+        """A copy that has not run."""
         other = memo[id(self)] = copy.copy(self)
-        vars(other).pop("_runner", None)
         vars(other).update(copy.deepcopy(vars(other), memo))
         return other
 

@@ -8,6 +8,7 @@ are stored, the instruction set, the planner's choices. Results are the same bit
 
 import sys
 import threading
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_
 
@@ -18,6 +19,25 @@ from sparsetrain.tape import Tape, allowed
 TRIES = 3  # recordings in a row that came to nothing, after which a module is not recorded any more
 
 
+_keep = True  # whether forward keeps what backward needs
+
+
+@contextmanager
+def no_grad():
+    """Within it, forward keeps nothing for backward."""
+    global _keep
+    before, _keep = _keep, False
+    try:
+        yield
+    finally:
+        _keep = before
+
+
+def keeps():
+    """Whether forward keeps what backward needs."""
+    return _keep
+
+
 class Runner:
     """Runs one module. `last`: the call that its backward pass belongs to, None if that is done or there is none."""
 
@@ -26,12 +46,12 @@ class Runner:
         self._seen = self._step = None  # the _State of the last call whose layers ran; the _Step to replay
         self._tries = 0
 
-    def forward(self, module, x, keep):
-        """The module's output for x, an ndarray. keep: what its backward pass needs."""
+    def forward(self, module, x):
+        """The module's output for x, an ndarray."""
         arrays.check("x", x)
-        call = self._next(module, x) if keep and allowed() else _Call()
+        call = self._next(module, x) if _keep and allowed() else _Call()
         y = call.forward(module, x)
-        self.last = call if keep else None
+        self.last = call if _keep else None
         return y
 
     def _next(self, module, x):
@@ -39,11 +59,11 @@ class Runner:
         about = x.shape, x.dtype, core.get_isa(), choices.edition(), threading.get_ident()
         step, seen = self._step, self._seen
         if step is not None and step.state.about == about:
-            if step.state.holds():
+            if step.state.holds(module):
                 self._seen = None  # a batch of another size now and then does not become the recorded one
                 return step
             self._step = None
-        if seen is None or seen.about != about or not seen.holds():
+        if seen is None or seen.about != about or not seen.holds(module):
             self._seen = _State(module, about)
         elif seen.records and self._tries < TRIES:
             self._tries += 1
@@ -54,7 +74,7 @@ class Runner:
         """dx of the last call, None unless input_gradient."""
         call, self.last = self.last, None
         if isinstance(call, _Step):
-            if call.goes_on(input_gradient):
+            if call.goes_on(module, input_gradient):
                 self._tries = 0
             else:
                 self._step, call = None, call.run_again(module)
@@ -70,19 +90,29 @@ class _State:
     def __init__(self, module, about):
         self.about = about
         modules = [m for _, m in module.named_modules()]
-        self.records = all(m.training and vars(type(m)).get("replays", False) for m in modules)
-        self.attributes = [vars(m) for m in modules]
-        self.values = self._values()
+        self.attributes = [vars(m) for m in modules[1:]]  # not of the module itself, which would keep itself so
+        self.values = self._values(module)
         self.parameters = [(p, p.data, p.structure) for p in module.parameters()]
+        # What changes in place, or has a copy that is read, would not be seen.
+        self.records = all(map(_replays, modules)) and all(p.data.flags.c_contiguous for p in module.parameters())
 
-    def _values(self):
-        return list(chain.from_iterable(map(dict.values, self.attributes)))
+    def _values(self, module):
+        own = [value for name, value in vars(module).items() if name != "_runner"]
+        return own + list(chain.from_iterable(map(dict.values, self.attributes)))
 
-    def holds(self):
+    def holds(self, module):
         """Whether the modules and their parameters are as they were."""
-        values = self._values()
+        values = self._values(module)
         same = len(values) == len(self.values) and all(map(is_, values, self.values))
         return same and all(p.data is data and p.structure is structure for p, data, structure in self.parameters)
+
+
+def _replays(module):
+    """Whether what a module does in training is the same in every step, as far as the module itself can tell."""
+    kind, attributes = type(module), vars(module)
+    plain = not any(isinstance(v, list | dict | set) or callable(getattr(kind, n, None)) for n, v in attributes.items())
+    watched = any(getattr(module, name, None) is not None for name in ("backprop", "probe"))
+    return vars(kind).get("replays", False) and module.training and plain and not watched
 
 
 class _Call:
@@ -156,11 +186,10 @@ class _Step:
         self._forward.play()
         return arrays.unpack(self._y)
 
-    def goes_on(self, input_gradient):
+    def goes_on(self, module, input_gradient):
         """Whether the backward pass is as it was recorded: gradients begin anew, in arrays that nobody else holds."""
-        anew = all(p.grad is None and p.data is data and p.structure is s for p, data, s in self.state.parameters)
-        same = allowed() and input_gradient == (self._dx is not None)
-        return anew and same and self._count_references() == self._references
+        anew = all(p.grad is None for p, *_ in self.state.parameters) and self._count_references() == self._references
+        return anew and input_gradient == (self._dx is not None) and self.state.holds(module)
 
     def backward(self, module, dy, input_gradient):
         arrays.pack(dy, into=self._dy)
@@ -170,10 +199,19 @@ class _Step:
         return arrays.unpack(self._dx) if input_gradient else None
 
     def run_again(self, module):
-        """The _Call of the same x, with its layers; it leaves no trace but what its backward pass needs."""
+        """The _Call of the same x, with its layers, in training; no trace is left but what its backward pass needs."""
+        global _keep
         call = _Call()
-        before = [(buffer, buffer.copy()) for _, buffer in module.named_buffers()]
-        _, call.back = module.run(self._x, (0, 0))
-        for buffer, values in before:
-            buffer[...] = values
+        modes = [(m, m.training) for _, m in module.named_modules()]
+        buffers = [(buffer, buffer.copy()) for _, buffer in module.named_buffers()]
+        before, _keep = _keep, True
+        try:
+            module.train()
+            _, call.back = module.run(self._x, (0, 0))
+        finally:
+            _keep = before
+            for m, training in modes:
+                m.training = training
+            for buffer, values in buffers:
+                buffer[...] = values
         return call

@@ -40,7 +40,7 @@ class Optimizer:
         for i, parameter in moving:
             _check_gradient(self.names[i], parameter)
         slots = self.slots_of_now()
-        rows = [(p.data, p.grad, *[self.slot(p, name) for name in slots]) for _, p in moving]
+        rows = [(p.data, np.ascontiguousarray(p.grad), *[self.slot(p, name) for name in slots]) for _, p in moving]
         self.update(rows, [self.steps[i] + 1 for i, _ in moving])
         for i, _ in moving:
             self.steps[i] += 1

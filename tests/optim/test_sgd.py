@@ -133,3 +133,25 @@ def test_lr_can_be_set():
     assert optimizer.lr == 0.01
     with pytest.raises(ValueError, match="lr is -0.1"):
         optimizer.lr = -0.1
+
+
+def test_gradients_of_any_layout():
+    """Somebody's own: by columns, read-only, broadcast."""
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    fixed = values.copy()
+    fixed.flags.writeable = False
+    for grad in (np.asfortranarray(values), fixed, np.broadcast_to(np.float32(2), (3, 4))):
+        parameter = Parameter(np.ones((3, 4), np.float32))
+        parameter.grad = grad
+        optim.SGD([parameter], 0.5).step()
+        np.testing.assert_array_equal(parameter.data, 1 - 0.5 * grad)
+
+
+def test_a_slot_that_does_not_fit_changes_nothing():
+    first, second = (Parameter(np.ones(5, np.float32)) for _ in range(2))
+    first.grad = second.grad = np.ones(5, np.float32)
+    second.slots["momentum"] = np.zeros(4, np.float32)
+    optimizer = optim.SGD([first, second], 0.5, momentum=0.9)
+    with pytest.raises(ValueError, match="array 2 of row 1 has 16 bytes of 'f', must be .* 20"):
+        optimizer.step()
+    assert (first.data == 1).all() and optimizer.steps == [0, 0]
