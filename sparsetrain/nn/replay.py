@@ -18,7 +18,6 @@ from sparsetrain.tape import Tape, allowed
 
 TRIES = 3  # recordings in a row that came to nothing, after which a module is not recorded any more
 
-
 _keep = True  # whether forward keeps what backward needs
 
 
