@@ -24,13 +24,19 @@ _ASKS = frozenset((
     "available_isas", "get_isa", "get_num_threads", "get_vnni", "looked_at", "tile_limits", "vector_lanes",
 ))  # fmt: skip
 
+_FUNCTIONS = {
+    name: f for name, f in vars(core).items()
+    if type(f).__name__.endswith(("_function", "_method")) and name[0] != "_" and name not in _ASKS
+}  # fmt: skip
+
 _lock = threading.RLock()  # one thread at a time puts others in the place of core's functions
 _eager = False
 
 
 @contextmanager
 def eager():
-    """Within it, every call of a module runs its layers, and none is recorded or replayed."""
+    """Within it, every call of a module runs its layers, and none is recorded or replayed; a backward pass goes as its
+    call went."""
     global _eager
     before, _eager = _eager, True
     try:
@@ -46,7 +52,7 @@ def allowed():
 
 class Tape:
     """Calls of core. They keep every array among their arguments but blocked ones, whose memory goes from one to the
-    next within a step: of these `memory` holds which they are, for arrays.Taken.
+    next within a step: of these `memory` holds which they are, for arrays.Taken. What is taken serves this tape alone.
 
     whole: whether all that was called can be called again.
     """
@@ -58,15 +64,11 @@ class Tape:
     def recording(self):
         """Within it, what this thread calls of core is also recorded."""
         with _lock:
-            compiled = {
-                n: f for n, f in list(vars(core).items()) if type(f).__name__.endswith(("_function", "_method"))
-            }
-            functions = {n: f for n, f in compiled.items() if n[0] != "_" and n not in _ASKS}
             try:
-                vars(core).update({name: self._recorded(name, f) for name, f in functions.items()})
+                vars(core).update({name: self._recorded(name, f) for name, f in _FUNCTIONS.items()})
                 yield
             finally:
-                vars(core).update(functions)
+                vars(core).update(_FUNCTIONS)
 
     def _recorded(self, name, function):
         thread = threading.get_ident()

@@ -15,6 +15,7 @@ cdef class Rows:
         vector[Py_buffer] arrays
         vector[Piece] pieces
         long columns, size
+        bint apart  # no two rows begin in the same place
 
     def __cinit__(self, list rows, long columns):
         cdef:
@@ -22,6 +23,7 @@ cdef class Rows:
             Piece piece
             long i, j, n
             tuple row
+            set first_places = set()
         self.columns = columns
         for i, row in enumerate(rows):
             same_length("row", len(row), columns)
@@ -32,11 +34,17 @@ cdef class Rows:
                 if b.len != first.len or b.format[0] != first.format[0] or b.format not in (b"f", b"d"):
                     raise ValueError(f"array {j} of row {i} has {b.len} bytes of {b.format.decode()!r}, must be of float32 or "
                                      f"float64, with {first.len} of {first.format.decode()!r} as the first of the row")
+            first_places.add(<size_t>first.buf)
             n = b.len // b.itemsize
             self.size += n
             for j in range(0, n, PIECE):
                 piece.row, piece.begin, piece.end = i, j, min(j + PIECE, n)
                 self.pieces.push_back(piece)
+        self.apart = len(first_places) == len(rows)
+
+    cdef int team(self) noexcept:
+        """How many threads share the pieces. Parameters that are one array move one after the other."""
+        return team(self.pieces.size(), self.size) if self.apart else 1
 
     def __dealloc__(self):
         for i in range(<long>self.arrays.size()):
@@ -59,7 +67,7 @@ def sgd_step(list rows, double lr, double momentum, bint nesterov, double weight
     cdef:
         Rows r = Rows(rows, 3 if momentum else 2)
         long n = r.pieces.size(), i
-        int threads = team(n, r.size)
+        int threads = r.team()
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=4):
         if r.single(r.pieces[i].row):
             sgd(<float>0, r, r.pieces[i], lr, momentum, nesterov, weight_decay)
@@ -79,7 +87,7 @@ def adam_step(list rows, list steps, double lr, double beta1, double beta2, doub
         Rows r = Rows(rows, 4)
         vector[long] step = steps
         long n = r.pieces.size(), i
-        int threads = team(n, r.size)
+        int threads = r.team()
     same_length("steps", len(steps), len(rows))
     for i in prange(n, nogil=True, num_threads=threads, schedule="dynamic", chunksize=4):
         if r.single(r.pieces[i].row):

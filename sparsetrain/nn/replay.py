@@ -4,6 +4,9 @@ The first call of a kind runs the layers. So does the second, and what it and it
 recorded (tape.py). From the third on these calls are made again, without the layers, as long as nothing changes that
 they depend on: shape and dtype of x, the modules and what they hold, which arrays the parameters are and which weights
 are stored, the instruction set, the planner's choices. Results are the same bits.
+
+A backward pass that is not as it was recorded needs the layers' forward pass again. It reads the weights of now, so
+between forward and backward, unlike between steps, no values may change in place.
 """
 
 import sys
@@ -55,7 +58,7 @@ class Runner:
 
     def _next(self, module, x):
         """The call to make: the recorded one, one to record, or one of the layers alone."""
-        about = x.shape, x.dtype, core.get_isa(), choices.edition(), threading.get_ident()
+        about = x.shape, x.dtype, _where()
         step, seen = self._step, self._seen
         if step is not None and step.state.about == about:
             if step.state.holds(module):
@@ -83,13 +86,18 @@ class Runner:
         return dx
 
 
+def _where():
+    """What the calls of a step depend on outside of the module and x, and whose they are."""
+    return core.get_isa(), choices.edition(), threading.get_ident()
+
+
 class _State:
     """What the calls of a step depend on, but the values in arrays; compared by identity."""
 
     def __init__(self, module, about):
         self.about = about
         modules = [m for _, m in module.named_modules()]
-        self.attributes = [vars(m) for m in modules[1:]]  # not of the module itself, which would keep itself so
+        self.attributes = [vars(m) for m in modules[1:]]  # of the module itself they hold the Runner, which holds this
         self.values = self._values(module)
         self.parameters = [(p, p.data, p.structure) for p in module.parameters()]
         # What changes in place, or has a copy that is read, would not be seen.
@@ -188,7 +196,8 @@ class _Step:
     def goes_on(self, module, input_gradient):
         """Whether the backward pass is as it was recorded: gradients begin anew, in arrays that nobody else holds."""
         anew = all(p.grad is None for p, *_ in self.state.parameters) and self._count_references() == self._references
-        return anew and input_gradient == (self._dx is not None) and self.state.holds(module)
+        same = input_gradient == (self._dx is not None) and self.state.about[-1] == _where()
+        return anew and same and self.state.holds(module)
 
     def backward(self, module, dy, input_gradient):
         arrays.pack(dy, into=self._dy)

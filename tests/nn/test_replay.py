@@ -326,6 +326,45 @@ def with_a_probe(model, backward):
     return found
 
 
+def with_other_kernels(model, backward):
+    before = core.get_isa()
+    core.set_isa(core.available_isas()[-1])
+    try:
+        return backward()
+    finally:
+        core.set_isa(before)
+
+
+@pytest.mark.skipif(len(core.available_isas()) == 1, reason="this machine has one instruction set")
+def test_another_instruction_set_between_forward_and_backward(recorded):
+    """Its plans have other tiles than those recorded."""
+    model = recorded.models[0]
+    found = []
+    for around in (with_other_kernels, lambda model, backward: backward()):
+        model.zero_grad()
+        y = model(recorded.x)
+        found.append(around(model, lambda y=y: model.backward(np.cos(y))))
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupt_while_core_is_put_back():
+    model, x = net(), images(20)[0]
+    functions = dict(vars(core))
+    tape = Tape()
+    with tape.recording():
+        left = dict(vars(core))
+    vars(core).update(left)  # as if nothing had been put back
+    try:
+        for _ in range(4):
+            model.zero_grad()
+            y = model(x)
+            model.backward(y)
+        assert vars(core) == functions
+        assert not np.array_equal(model(x + 1), y)
+    finally:
+        vars(core).update(functions)
+
+
 @pytest.mark.parametrize("adds_up", [False, True])
 @pytest.mark.parametrize("around", [in_evaluation_mode, without_keeping, after_a_profile, with_a_probe])
 def test_between_forward_and_backward(recorded, around, adds_up):

@@ -155,3 +155,12 @@ def test_a_slot_that_does_not_fit_changes_nothing():
     with pytest.raises(ValueError, match="array 2 of row 1 has 16 bytes of 'f', must be .* 20"):
         optimizer.step()
     assert (first.data == 1).all() and optimizer.steps == [0, 0]
+
+
+def test_parameters_that_are_one_array_move_one_after_the_other():
+    shared = np.zeros(1 << 18, np.float32)
+    parameters = [Parameter(shared) for _ in range(8)]
+    for i, parameter in enumerate(parameters):
+        parameter.grad = np.full(1 << 18, i + 1, np.float32)
+    optim.SGD(parameters, 1.0).step()
+    assert (shared == -36).all()
