@@ -162,7 +162,8 @@ def check(name, x):
 def pack(x, halo=(0, 0), into=None):
     """The Blocked with the values of x, an ndarray (N, C, H, W) or (N, F), float32 or float64.
 
-    `into`, of this geometry, gets them if given."""
+    `into`, of this geometry, gets them if given.
+    """
     check("x", x)
     blocked = into or empty(x.shape[0], *(x.shape[1:] if x.ndim == 4 else (x.shape[1], 1, 1)), x.dtype, halo, x.ndim)
     core.to_blocked(np.ascontiguousarray(x).reshape(x.shape if x.ndim == 4 else (*x.shape, 1, 1)), blocked.array)

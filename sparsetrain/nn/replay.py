@@ -97,7 +97,7 @@ class _State:
     def __init__(self, module, about):
         self.about = about
         modules = [m for _, m in module.named_modules()]
-        self.attributes = [vars(m) for m in modules[1:]]  # of the module itself they hold the Runner, which holds this
+        self.attributes = [vars(m) for m in modules[1:]]  # the module's own hold the Runner, which holds this
         self.values = self._values(module)
         self.parameters = [(p, p.data, p.structure) for p in module.parameters()]
         # What changes in place, or has a copy that is read, would not be seen.
@@ -137,7 +137,7 @@ class _Call:
 
 
 class _Recording:
-    """One of which the calls of kernels are recorded."""
+    """A call of a module that runs its layers, and records what they call of the kernels."""
 
     def __init__(self, state):
         self.state, self.forward_tape, self.backward_tape = state, Tape(), Tape()
