@@ -1,18 +1,14 @@
 """Blocked arrays: 16 images side by side in the last axis, so that the batch is the vector."""
 
-import sys
-from contextlib import suppress
-
 import numpy as np
 
-from sparsetrain._kernels import core, memory
+from sparsetrain._kernels import core
+from sparsetrain.heap import Heap
 
 IMAGES = 16  # images of a block: one AVX-512 register of float32, two of AVX2, four of NEON
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
-# Arrays that nobody uses, by geometry: their halos are still zero. Training asks for the same
-# geometries in every step, so that nothing is allocated after the first.
-_free = {}
+_heap = Heap()
 
 
 class Blocked:
@@ -21,14 +17,12 @@ class Blocked:
     n is the number of images; lanes past it in the last block are padding: finite in activations, zero in
     gradients. halo (vertical, horizontal) is how many zero pixels lie around each channel in memory.
     ndim is 4, or 2 for a batch of (n, features), which has height and width 1.
-    The memory is used again once the Blocked is gone: copy what must live longer than it. `owner`: the Blocked whose
-    memory this one is another view of, or None.
     """
 
-    __slots__ = ("array", "halo", "n", "ndim", "owner")
+    __slots__ = ("array", "halo", "n", "ndim")
 
-    def __init__(self, array, n, halo, ndim, owner=None):
-        self.array, self.n, self.halo, self.ndim, self.owner = array, n, halo, ndim, owner
+    def __init__(self, array, n, halo, ndim):
+        self.array, self.n, self.halo, self.ndim = array, n, halo, ndim
 
     @property
     def dtype(self):
@@ -56,25 +50,10 @@ class Blocked:
         core.copy(self.array, wider.array)
         return wider
 
-    def __del__(self, _references=sys.getrefcount):
-        # 2 references are the attribute's and getrefcount's own. More: another Blocked or a view uses the memory.
-        # _free is None while the interpreter shuts down.
-        own = hasattr(self, "owner") and self.owner is None
-        if own and _references(self.array) == 2 and _references(self.array.base) == 2 and _free is not None:
-            _free.setdefault(_key(self.array, self.halo), []).append(self.array)
-
-
-def _key(array, halo):
-    return (*array.shape[:4], *halo, array.dtype.char)
-
 
 def empty(n, channels, height, width, dtype, halo=(0, 0), ndim=4):
-    """A Blocked whose values are not set and whose halo is zero."""
-    dtype = np.dtype(dtype)
-    blocks = -(-n // IMAGES)
-    free = _free.get((blocks, channels, height, width, *halo, dtype.char))
-    array = free.pop() if free else _allocate(blocks, channels, height, width, dtype, halo)
-    return Blocked(array, n, halo, ndim)
+    """A Blocked whose values are not set and whose halo is zero. Its memory is used again once no array needs it."""
+    return Blocked(_allocate(-(-n // IMAGES), channels, height, width, np.dtype(dtype), halo), n, halo, ndim)
 
 
 def _allocate(blocks, channels, height, width, dtype, halo):
@@ -83,7 +62,11 @@ def _allocate(blocks, channels, height, width, dtype, halo):
     # of 4096 bytes share one set of the L1 cache and made a 56x56 convolution 2x slower.
     channel = ((height + 2 * halo[0]) * row // IMAGES | 1) * IMAGES
     block = (channels * channel // IMAGES | 1) * IMAGES
-    raw = memory.zeros(blocks * block * dtype.itemsize)
+    size = blocks * block * dtype.itemsize
+    # What has had this geometry before has zeros around it.
+    raw, zero_halo = _heap.take(size, (blocks, channels, height, width, *halo, dtype.char) if any(halo) else None)
+    if any(halo) and not zero_halo:
+        raw[:] = 0
     return np.ndarray(
         (blocks, channels, height, width, IMAGES),
         dtype,
@@ -94,8 +77,8 @@ def _allocate(blocks, channels, height, width, dtype, halo):
 
 
 def release():
-    """Give the memory of all blocked arrays that are not in use back to the system."""
-    _free.clear()
+    """Give the memory of blocked arrays that are not in use back to the system."""
+    _heap.release()
 
 
 def memory_of(array):
@@ -104,35 +87,17 @@ def memory_of(array):
 
 
 class Taken:
-    """Arrays that are not in use, taken for calls that write to them again and again; given back once this is gone.
+    """Memory that no array uses, taken for calls that write to it again and again; given back once this is gone.
 
     memory: a set of memory_of(). `whole`: whether all of it was there to be taken; if not, none is.
     """
 
     def __init__(self, memory):
-        self.arrays = []
-        for key, idle in list(_free.items()):
-            looked_at = []
-            with suppress(IndexError):  # nobody else, in whatever thread, uses what has been popped
-                while True:
-                    looked_at.append(idle.pop())
-            for array in reversed(looked_at):
-                if memory_of(array) in memory:
-                    self.arrays.append((key, array))
-                else:
-                    idle.append(array)
-        self.whole = len(self.arrays) == len(memory)
-        if not self.whole:
-            self._give_back()
-
-    def _give_back(self):
-        while self.arrays:
-            key, array = self.arrays.pop()
-            _free.setdefault(key, []).append(array)
+        pieces = _heap.withdraw(memory)
+        self.whole, self.pieces = pieces is not None, pieces or []
 
     def __del__(self):
-        if _free is not None:
-            self._give_back()
+        _heap.let_go.extend(self.pieces)
 
 
 class _Address:

@@ -310,7 +310,7 @@ def flatten(x, halo=(0, 0)):
     """(n, channels, height, width) to (n, channels * height * width), in the same memory where they lie so already."""
     blocks, c, h, w, _ = x.array.shape
     if tuple(halo) == (0, 0) and _lies_flat(x.array):
-        return arrays.Blocked(x.array.reshape(blocks, c * h * w, 1, 1, arrays.IMAGES), x.n, (0, 0), 2, owner=x)
+        return arrays.Blocked(x.array.reshape(blocks, c * h * w, 1, 1, arrays.IMAGES), x.n, (0, 0), 2)
     start = time.perf_counter()
     y = arrays.empty(x.n, c * h * w, 1, 1, x.dtype, halo, 2)
     core.copy(x.array, _unflattened(y, (c, h, w)))
@@ -321,7 +321,7 @@ def flatten(x, halo=(0, 0)):
 def flatten_backward(shape, dy, halo=(0, 0)):
     """dx of flatten() of an x with `shape` (channels, height, width), in the memory of dy where it needs no halo."""
     start = time.perf_counter()
-    flat = arrays.Blocked(_unflattened(dy, shape), dy.n, (0, 0), 4, owner=dy)
+    flat = arrays.Blocked(_unflattened(dy, shape), dy.n, (0, 0), 4)
     dx = flat.with_halo(halo)
     if dx is not flat:
         tell("flatten_backward", start, [dy], [dx])

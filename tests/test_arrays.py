@@ -130,21 +130,39 @@ class TestMemoryIsUsedAgain:
         again.array[...] = 1
         assert wide(again).sum() == again.array.size
 
-    def test_for_the_same_geometry_only(self, size):
-        first = arrays.empty(*size, np.float32)
-        kept = [arrays.empty(*size, np.float32)]
-        where = address(first)
+    def test_with_a_halo_for_the_same_geometry_only(self, size):
+        first = arrays.empty(*size, np.float32, (1, 2))
+        where = wide(first).__array_interface__["data"][0]
         del first
         n, c, h, w = size
-        kept += [
-            arrays.empty(*size, np.float64),
-            arrays.empty(*size, np.float32, (1, 0)),
-            arrays.empty(n, c, w, h, np.float32),
-            arrays.empty(n + IMAGES, c, h, w, np.float32),
+        kept = [
+            arrays.empty(*size, np.float64, (1, 2)),
+            arrays.empty(*size, np.float32, (2, 1)),
+            arrays.empty(*size, np.float32),
+            arrays.empty(n, c, w, h, np.float32, (1, 2)),
+            arrays.empty(n + IMAGES, c, h, w, np.float32, (1, 2)),
         ]
-        assert where not in map(address, kept)
-        # another batch with as many blocks, or features, may have it
-        assert address(arrays.empty(n + 1 if n % IMAGES else n - 1, c, h, w, np.float32)) == where
+        assert where not in [wide(other).__array_interface__["data"][0] for other in kept]
+        # another batch with as many blocks may have it
+        again = arrays.empty(n + 1 if n % IMAGES else n - 1, c, h, w, np.float32, (1, 2))
+        assert wide(again).__array_interface__["data"][0] == where
+
+    def test_without_halo_for_any_geometry(self, size):
+        first = arrays.empty(*size, np.float32)
+        where = address(first)
+        first.array[...] = np.nan
+        del first
+        n, c, h, w = size
+        assert address(arrays.empty(n, c, w, h, np.float32)) == where
+        assert address(arrays.empty(n, 1, 1, w, np.float64)) == where
+
+    def test_a_halo_is_zero_whatever_lay_there(self, size):
+        first = arrays.empty(*size, np.float32)
+        first.array[...] = np.nan
+        del first
+        with_halo = arrays.empty(*size, np.float32, (1, 1))
+        with_halo.array[...] = 1
+        assert wide(with_halo).sum() == with_halo.array.size
 
     def test_not_while_a_view_holds_it(self, size):
         first = arrays.empty(*size, np.float32)
@@ -169,6 +187,7 @@ class TestMemoryIsUsedAgain:
         del first
         assert address(arrays.empty(*size, np.float32)) != where
         arrays.release()
+        assert other.array.shape[1] == size[1]
         del other
         assert address(arrays.empty(*size, np.float32)) == where
 
@@ -177,7 +196,7 @@ class TestMemoryIsUsedAgain:
         arrays.release()
         first = arrays.empty(*size, np.float32)
         del first
-        assert sum(map(len, arrays._free.values())) == 1
+        assert arrays._heap.idle() > 0
         arrays.release()
         gc.collect()
-        assert not arrays._free
+        assert arrays._heap.idle() == 0

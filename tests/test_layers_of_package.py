@@ -9,7 +9,8 @@ import sparsetrain
 
 PACKAGE = Path(sparsetrain.__file__).parent
 LAYERS = [
-    *("_kernels", "version", "checks", "files", "options", "rng", "arrays", "tape", "record", "normed", "sparse"),
+    *("_kernels", "version", "checks", "files", "options", "rng"),
+    *("heap", "arrays", "tape", "record", "normed", "sparse"),
     *("choices", "tiles", "winograd", "plans", "bands", "slabs", "ops", "sparse_gradient", "int8"),
     *("nn", "optim", "sparsity"),
     *(

@@ -547,10 +547,6 @@ def test_another_thread_runs_the_layers(recorded):
     assert found == [1]
 
 
-def bytes_idle():
-    return sum(arrays.memory_of(array)[1] for idle in arrays._free.values() for array in idle)
-
-
 def test_memory_is_given_back():
     """What a recorded step takes is what the layers leave, and it is idle again when the model is gone."""
     st.manual_seed(0)
@@ -562,23 +558,23 @@ def test_memory_is_given_back():
         for _ in range(2):
             first.zero_grad()
             first.backward(first(pair.x))
-    idle = bytes_idle()
+    idle = arrays._heap.idle()
     for _ in range(5):
         first.zero_grad()
         first.backward(first(pair.x))
     assert first.runner._step is not None
-    taken = sum(arrays.memory_of(array)[1] for _, array in first.runner._step._memory.arrays)
+    taken = sum(end - begin for _, begin, end, _ in first.runner._step._memory.pieces)
     assert 0 < taken <= idle
-    assert bytes_idle() <= idle - taken
+    assert arrays._heap.idle() <= idle - taken
     for _ in range(100):
         first.zero_grad()
         first.backward(first(pair.x))
-    assert bytes_idle() <= idle - taken
+    assert arrays._heap.idle() <= idle - taken
     gc.collect()
     gc.disable()
     try:
         del first, pair  # a recorded step holds nothing that holds the model
-        assert bytes_idle() == idle
+        assert arrays._heap.idle() == idle
     finally:
         gc.enable()
 
