@@ -26,8 +26,8 @@ class Norm:
 class Normed:
     """relu(norm(x) + add), add and relu optional, in the place of a Blocked.
 
-    Who can form it on the way reads `x`; for everybody else it is a Blocked, written when `array` or with_halo() is
-    first asked for. `keep`: the halo with which who forms it first also writes it, or None.
+    Who can form it on the way reads `x` and what `add` is formed of; for everybody else it is a Blocked, written when
+    `array` or with_halo() is first asked for. `keep`: the halo with which who forms it first also writes it, or None.
     """
 
     def __init__(self, x, norm, add=None, relu=False):
@@ -35,11 +35,33 @@ class Normed:
         self.n, self.ndim, self.dtype, self.shape = x.n, x.ndim, x.dtype, x.shape
         self.keep = self.formed = None
 
+    def terms(self):
+        """What it is formed of, each with the next one added: (Blocked, scale, shift, relu); scale None: as it is."""
+        if self.formed is not None:
+            return [(self.formed, None, None, False)]
+        added = []
+        if isinstance(self.add, Normed):
+            added = self.add.terms()
+            if len(added) > core.MAX_ADDED:
+                added = [(self.add.with_halo((0, 0)), None, None, False)]
+        elif self.add is not None:
+            added = [(self.add, None, None, False)]
+        return [(self.x, self.norm.scale, self.norm.shift, self.relu), *added]
+
+    def keep_for(self, halo):
+        """Two will read it: who forms it first shall also write it, with this halo, unless others can add its terms."""
+        if len(self.terms()) > core.MAX_ADDED:
+            self.keep = halo
+
     @property
     def forming(self):
-        """What forms it of `x`, for core's functions."""
-        add = None if self.add is None else self.add.array
-        return {"scale": self.norm.scale, "shift": self.norm.shift, "relu": self.relu, "add": add}
+        """What forms it of `x`, for core's functions; while it is not written."""
+        (_, scale, shift, relu), *added = self.terms()
+        return {"scale": scale, "shift": shift, "relu": relu, "added": tuple((x.array, *how) for x, *how in added)}
+
+    def sources(self):
+        """The Blockeds that it is formed of."""
+        return [x for x, *_ in self.terms()]
 
     array = property(lambda self: self.with_halo((0, 0)).array)
     halo = property(lambda self: self.with_halo((0, 0)).halo)
@@ -56,13 +78,14 @@ class Normed:
         """It as a Blocked whose halo is at least `halo`."""
         if self.formed is None:
             start = time.perf_counter()
-            self.formed = self.like(halo if self.keep is None else tuple(map(max, halo, self.keep)))
-            norm, add = self.norm, None if self.add is None else self.add.array
+            norm, added, sources = self.norm, self.forming["added"], self.sources()
+            formed = self.like(halo if self.keep is None else tuple(map(max, halo, self.keep)))
             core.batch_norm(
-                self.x.array, self.formed.array, self.n, norm.gamma, norm.beta, norm.mean, norm.var, norm.eps, False,
-                self.relu, add,
+                self.x.array, formed.array, self.n, norm.gamma, norm.beta, norm.mean, norm.var, norm.eps, False,
+                self.relu, added,
             )  # fmt: skip
-            tell("form", start, [self.x, self.add], [self.formed], normed=self, forms=True, kept=True)
+            self.formed = formed
+            tell("form", start, sources, [formed], normed=self, forms=True, kept=True)
         return self.formed.with_halo(halo)
 
 

@@ -114,16 +114,20 @@ def can_band(x, weight, geometry):
 
 
 def _band_arguments(x, geometry):
-    """(x or what it is formed of, what the bands read: that or x itself where it is formed already, whether they read x
-    itself, what forms it for core's functions)."""
+    """(x or what it is normed from, what the bands read: that or x itself where it is formed already, whether they read
+    x itself, what forms it for core's functions)."""
     if not isinstance(x, Normed):
         x = x.with_halo(geometry.padding)
         return x, x, True, {}
-    forming = x.forming
-    if x.formed is not None:
-        x.formed = x.with_halo(geometry.padding)
-        forming["formed"] = x.formed.array
-    return x.x, x.formed or x.x, x.formed is not None, forming
+    if x.formed is None:
+        return x.x, x.x, False, x.forming
+    x.formed = x.with_halo(geometry.padding)
+    return x.x, x.formed, True, _formed(x)
+
+
+def _formed(x):
+    """What tells core's functions that a Normed is formed already."""
+    return {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu, "formed": x.formed.array}
 
 
 @_dense_if_faster
@@ -134,6 +138,7 @@ def conv2d_bands(x, weight, geometry, moments):
     if isinstance(x, Normed) and x.keep is not None and not geometry.reads_in_step(weight.shape[2:]):
         x.with_halo(geometry.padding)  # the bands would not form all of what is to be kept
     source, lies, formed, forming = _band_arguments(x, geometry)
+    read = [lies] if formed else x.sources()
     y = arrays.empty(x.n, weight.shape[0], *geometry.output(weight.shape[2:], *x.shape[2:]), x.dtype)
     build = partial(bands.forward, formed=formed)
     plan, step = planned(weight, ("forward bands", formed), geometry, build, lies, y)
@@ -146,7 +151,7 @@ def conv2d_bands(x, weight, geometry, moments):
     if keep is not None:
         x.formed = keep
     tell(
-        "forward", start, [lies, None if formed else x.add], [y, keep], weight=weight, output=y, plans=(plan,),
+        "forward", start, read, [y, keep], weight=weight, output=y, plans=(plan,),
         normed=x if isinstance(x, Normed) else None, forms=not formed, kept=keep is not None, sums=moments is not None,
     )  # fmt: skip
     return y
@@ -178,9 +183,9 @@ def conv2d_bands_backward(x, weight, geometry, y, norm, dy, halo=(0, 0), into=No
         grad.reshape(-1), accumulate, None if dx is None else dx.array, values, into is not None, **forming,
     )  # fmt: skip
     normed = x if isinstance(x, Normed) else None
-    raw = [source, x.add] if not formed else [] if sums is None else [source]
+    read = x.sources() if not formed else [lies] if sums is None else [lies, source]
     tell(
-        "backward", start, [lies, *raw, y, dy, into], [dx], weight=weight, output=y, plans=(plan,),
+        "backward", start, [*read, y, dy, into], [dx], weight=weight, output=y, plans=(plan,),
         normed=normed, forms=not formed, sums=sums is not None,
     )  # fmt: skip
     return dx if sums is None else NormedGradient(dx, sums)
@@ -195,8 +200,12 @@ def normed_gradient(y, dy):
     """The NormedGradient of the Normed y from any gradient of it, which is changed."""
     start = time.perf_counter()
     sums = np.empty((2, y.shape[1]))
-    core.norm_gradient_sums(y.x.array, dy.array, mean=y.norm.mean, sums=sums, **y.forming)
-    tell("normed_gradient", start, [y.x, dy, y.add if y.relu else None], [dy] if y.relu else [])
+    formed = y.with_halo((0, 0)) if y.relu and y.add is not None else None
+    core.norm_gradient_sums(
+        y.x.array, dy.array, y.norm.scale, y.norm.shift, y.norm.mean, sums, y.relu,
+        None if formed is None else formed.array,
+    )  # fmt: skip
+    tell("normed_gradient", start, [y.x, dy, formed], [dy] if y.relu else [])
     return NormedGradient(dy, sums)
 
 
@@ -258,11 +267,11 @@ def _pooled(x, h, w, halo):
 
 
 def _unformed(x):
-    """(what is read of x, and what forms x of it for core's functions) of a Normed that nobody has written yet; else
-    (x, nothing)."""
-    if not isinstance(x, Normed) or x.formed is not None:
+    """(what is read of x, and what forms x of it for core's functions) of a Normed to which nothing is added and that
+    nobody has written yet; else (x, nothing)."""
+    if not isinstance(x, Normed) or x.formed is not None or x.add is not None:
         return x, {}
-    return x.x, x.forming
+    return x.x, {"scale": x.norm.scale, "shift": x.norm.shift, "relu": x.relu}
 
 
 def max_pool2d(x, h, w, halo=(0, 0)):
@@ -272,7 +281,7 @@ def max_pool2d(x, h, w, halo=(0, 0)):
     y = _pooled(x, h, w, halo)
     core.max_pool(source.array, y.array, h, w, **forming)
     more = {"normed": x, "forms": True} if forming else {}
-    tell("max_pool2d", start, [source, x.add if forming else None], [y], **more)
+    tell("max_pool2d", start, [source], [y], **more)
     return y
 
 
@@ -286,7 +295,7 @@ def max_pool2d_backward(x, y, h, w, dy, halo=(0, 0)):
         forming |= {"mean": x.norm.mean, "sums": sums}
     core.max_pool_backward(source.array, y.array, dy.array, dx.array, h, w, **forming)
     more = {"normed": x, "forms": True, "sums": True} if forming else {}
-    tell("max_pool2d_backward", start, [source, x.add if forming else None, y, dy], [dx], **more)
+    tell("max_pool2d_backward", start, [source, y, dy], [dx], **more)
     return dx if sums is None else NormedGradient(dx, sums)
 
 

@@ -1,7 +1,5 @@
 """Blocked arrays: the way there and back, what the memory looks like, and when it is used again."""
 
-import gc
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,16 +7,15 @@ from hypothesis import strategies as hs
 
 from sparsetrain import arrays
 from sparsetrain.arrays import IMAGES
+from sparsetrain.heap import Heap
 from strategies import quick
 
 BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
 @pytest.fixture(autouse=True)
-def nothing_free():
-    arrays.release()
-    yield
-    arrays.release()
+def empty_heap(monkeypatch):
+    monkeypatch.setattr(arrays, "_heap", Heap())
 
 
 def address(blocked):
@@ -192,11 +189,8 @@ class TestMemoryIsUsedAgain:
         assert address(arrays.empty(*size, np.float32)) == where
 
     def test_not_after_release(self, size):
-        gc.collect()  # what earlier tests left in cycles would come back later
-        arrays.release()
         first = arrays.empty(*size, np.float32)
         del first
         assert arrays._heap.idle() > 0
         arrays.release()
-        gc.collect()
         assert arrays._heap.idle() == 0

@@ -80,18 +80,18 @@ def test_rows_of_a_fused_net():
         ("0", "backward"): X.nbytes + 2 * A + W["0"],  # x, y and the gradient of its norm; writes dW
         ("1", "forward"): 0,
         ("1", "backward"): 0,
-        # Forms x from the first convolution's output, and keeps it; writes y.
-        ("3.body.0", "forward"): 3 * A + W["3"],
-        # Reads what was kept, what it was formed of, y, the gradient of its norm, and the one that came around, to
-        # which it adds.
-        ("3.body.0", "backward"): 6 * A + 2 * W["3"],
+        # Forms x from the first convolution's output, and writes y.
+        ("3.body.0", "forward"): 2 * A + W["3"],
+        # Forms x again, reads y, the gradient of its norm, and the one that came around, to which it adds.
+        ("3.body.0", "backward"): 5 * A + 2 * W["3"],
         ("3.body.1", "forward"): 0,
         ("3.body.1", "backward"): 0,
         # Reads the first one's output, which it forms x of both times, y and the gradient of its norm.
         ("3.body.3", "forward"): 2 * A + W["3"],
         ("3.body.3", "backward"): 4 * A + 2 * W["3"],
-        ("3.body.4", "forward"): 3 * A,  # reads y and the sum's other term, and writes what the pooling reads
-        ("3.body.4", "backward"): 4 * A,  # reads these and the gradient, which it changes
+        # Reads y and what the sum's other term is formed of, and writes what the pooling reads.
+        ("3.body.4", "forward"): 3 * A,
+        ("3.body.4", "backward"): 4 * A,  # reads y, what was written and the gradient, which it changes
         ("5", "forward"): A + pooled,
         ("5", "backward"): A + pooled,
         ("6", "forward"): 0,
@@ -105,8 +105,8 @@ def test_rows_of_a_fused_net():
         ("0", "backward"): "gradient of 1",
         ("1", "forward"): "2; runs in the layers around it",
         ("1", "backward"): "2; runs in the layers around it",
-        ("3.body.0", "forward"): "forms and keeps 1 + 2; sums for 3.body.1",
-        ("3.body.0", "backward"): "gradient of 3.body.1; sums for 1",
+        ("3.body.0", "forward"): "forms 1 + 2; sums for 3.body.1",
+        ("3.body.0", "backward"): "gradient of 3.body.1; forms 1 + 2; sums for 1",
         ("3.body.1", "forward"): "3.body.2; runs in the layers around it",
         ("3.body.1", "backward"): "3.body.2; runs in the layers around it",
         ("3.body.3", "forward"): "forms 3.body.1 + 3.body.2; sums for 3.body.4",
@@ -119,6 +119,23 @@ def test_rows_of_a_fused_net():
     assert [plan["product"] for plan in banded.plans] == ["weight gradient", "input gradient"]
     assert rows["7", "weight gradient"].kernel == "dense, features at once"
     assert rows["7", "forward"].kernel.startswith("dense, ") and rows["7", "forward"].bands is None
+
+
+def test_blocks_in_a_row():
+    """Their inputs are formed where they are read of up to three arrays; then one is written."""
+
+    def conv_norm(channels):
+        return nn.Conv2d(channels, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    blocks = [layer for _ in range(3) for layer in (nn.Residual(nn.Sequential(*conv_norm(4))), nn.ReLU())]
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    rows = by_pass(st.profile(nn.Sequential(*conv_norm(3), nn.ReLU(), *blocks, *end), X, repeats=1))
+    about = [(rows[f"{i}.body.0", "forward"].fused, rows[f"{i}.body.0", "forward"].bytes) for i in (3, 5, 7)]
+    assert about == [
+        ("forms 1 + 2; sums for 3.body.1", 2 * A + W["3"]),
+        ("forms 3.body.1 + add of 3 + 4; sums for 5.body.1", 3 * A + W["3"]),
+        ("forms and keeps 5.body.1 + add of 5 + 6; sums for 7.body.1", 5 * A + W["3"]),
+    ]
 
 
 def test_a_max_pool_forms_the_norm_that_it_reads():

@@ -33,7 +33,7 @@ template <class T> INLINE Band own_rows(const Bands<T> &a, const Band &b) {
     return {b.block, own_row(a, b.first), own_row(a, b.last)};
 }
 
-// relu(x scale + shift + add) of the lines that stand for rows of x, and those of them that are `own` to `keep` too.
+// relu(x scale + shift + added) of the lines that stand for rows of x, and those of them that are `own` to `keep` too.
 template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &own, T *lines, Ahead<T> &ahead) {
     const long width = a.x_shape.width * IMAGES;
     for (long c = 0; c < a.x_shape.channels; c++) {
@@ -41,13 +41,15 @@ template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &
         fill_lines(lines + c * a.x_channel, rows, a.x_row, a.padding[1] * IMAGES, a.x_shape, [&](T *out, long h) {
             ahead.fetch_in_pass();
             const T *x = pixel_row(a.raw, rows.block, c, h);
-            const T *other = a.add.data ? pixel_row(a.add, rows.block, c, h) : nullptr;
             T *keep = a.keep.data && h >= own.first && h < own.last ? pixel_row(a.keep, rows.block, c, h) : nullptr;
-            for_row<T>(width, EACH {
-                const V<T> v = normed<T>(load(x + i), scale, shift, other ? other + i : nullptr, a.relu);
-                store(out + i, v);
-                if (keep && a.keep_far) store_past_cache(keep + i, v);
-                else if (keep) store(keep + i, v);
+            with_number(a.added.n, [&](auto n) {
+                const AddedRow<T, n.value> added(a.added, rows.block, c, h);
+                for_row<T>(width, EACH {
+                    const V<T> v = relu_if<T>(a.relu, added.plus(load(x + i) * scale + shift, i));
+                    store(out + i, v);
+                    if (keep && a.keep_far) store_past_cache(keep + i, v);
+                    else if (keep) store(keep + i, v);
+                });
             });
         });
     }
@@ -109,18 +111,18 @@ template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *s
             ahead.fetch_in_pass();
             const T *x = pixel_row(a.raw, b.block, c, b.first + h);
             const T *y = a.formed.data ? pixel_row(a.formed, b.block, c, b.first + h) : nullptr;
-            const T *other = !y && a.add.data ? pixel_row(a.add, b.block, c, b.first + h) : nullptr;
             T *g = pixel_row(a.dx, b.block, c, b.first + h);
-            for_row<T>(s.width * IMAGES, EACH {
-                const V<T> v = load(x + i);
-                V<T> d = load(g + i);
-                if (a.relu) {
-                    V<T> out = y ? load(y + i) : v * scale + shift;
-                    if (other) out += load(other + i);
-                    d = out <= 0 ? V<T>{} : d;
-                    store(g + i, d);
-                }
-                sg.v[k] += d, sgx.v[k] += d * (v - mean);
+            with_number(a.relu && !y ? a.added.n : 0, [&](auto n) {
+                const AddedRow<T, n.value> added(a.added, b.block, c, b.first + h);
+                for_row<T>(s.width * IMAGES, EACH {
+                    const V<T> v = load(x + i);
+                    V<T> d = load(g + i);
+                    if (a.relu) {
+                        d = (y ? load(y + i) : added.plus(v * scale + shift, i)) <= 0 ? V<T>{} : d;
+                        store(g + i, d);
+                    }
+                    sg.v[k] += d, sgx.v[k] += d * (v - mean);
+                });
             });
         }, [&] { sg.flush(), sgx.flush(); });
         sums[0] += sg.total, sums[1] += sgx.total;
@@ -208,7 +210,8 @@ template <class T> struct Run {
     }
     void fetch_x(Ahead<T> &ahead) const {
         if (a.formed.data) return fetch_rows(ahead, a.formed, a.x_shape, new_x());
-        fetch_rows(ahead, a.raw, a.x_shape, new_x()), fetch_rows(ahead, a.add, a.x_shape, new_x());
+        fetch_rows(ahead, a.raw, a.x_shape, new_x());
+        for (int i = 0; i < a.added.n; i++) fetch_rows(ahead, a.added.terms[i].x, a.x_shape, new_x());
     }
 };
 

@@ -60,7 +60,7 @@ cdef View[floating] maybe(floating[:, :, :, :, :] a) noexcept:
 
 
 cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, floating[:, :, :, :, :] y,
-                           bint relu, floating[:, :, :, :, :] add, floating[:, :, :, :, :] formed,
+                           bint relu, tuple added, floating[:, :, :, :, :] formed,
                            const floating[::1] scale, const floating[::1] shift) except *:
     """x: as the batch norm before read it if scale is given, else as the convolution reads it."""
     cdef Bands[floating] a
@@ -69,7 +69,7 @@ cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, f
     a.run, a.rows, a.stride, a.reach, a.relu = p.run, p.rows, p.stride, p.reach, relu
     a.padding[0], a.padding[1] = p.padding[0], p.padding[1]
     a.x_channel, a.x_row, a.x_size = p.x_channel, p.x_row, p.x_size
-    a.raw, a.add, a.y, a.keep = view(x), maybe(add), view(y), nothing(<floating>0)
+    a.raw, a.added, a.y, a.keep = view(x), added_of(added, x), view(y), nothing(<floating>0)
     a.formed = a.raw if scale is None else maybe(formed)
     a.keep_far = False
     a.scale = NULL
@@ -78,8 +78,6 @@ cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, f
         same_length("scale", scale.shape[0], x.shape[1])
         same_length("shift", shift.shape[0], x.shape[1])
         a.scale, a.shift = &scale[0], &shift[0]
-    if add is not None:
-        same_shape(x, add)
     if formed is not None:
         same_shape(x, formed)
     return a
@@ -88,15 +86,14 @@ cdef Bands[floating] bands(BandPlan p, long images, floating[:, :, :, :, :] x, f
 def conv_bands(BandPlan plan, long images, floating[:, :, :, :, :] x, const floating[::1] values,
                const floating[::1] bias, floating[:, :, :, :, :] y, floating[::1] mean, floating[::1] var,
                const floating[::1] scale=None, const floating[::1] shift=None, bint relu=False,
-               floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None,
-               floating[:, :, :, :, :] keep=None):
-    """y[:] = the convolution of x, or, if scale is given, of relu(x scale + shift + add), which is also kept in `keep`
-    or lies already in `formed`. mean and var, unless None, become those of y, biased.
+               tuple added=None, floating[:, :, :, :, :] formed=None, floating[:, :, :, :, :] keep=None):
+    """y[:] = the convolution of x, or, if scale is given, of relu(x scale + shift + added), which is also kept in `keep`
+    or lies already in `formed`. mean and var, unless None, become those of y, biased. added: see added_of().
 
     formed, and x without scale, have the halo that the plan was made for.
     """
     cdef:
-        Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)  # OUT y
+        Bands[floating] a = bands(plan, images, x, y, relu, added, formed, scale, shift)  # OUT y
         long cuts = (y.shape[2] + plan.run - 1) // plan.run, n = y.shape[0] * cuts, i, c, channels = y.shape[1]
         bint back = turn()
         int threads = team(n, plan.forward.work * n * plan.run / plan.rows / 8)
@@ -149,7 +146,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
                         const double[:, :] y_sums, const double[::1] inverse, double pixels, floating[::1] grad,
                         bint accumulate, floating[:, :, :, :, :] dx, list values, bint add_to_dx, const floating[::1] scale=None,
                         const floating[::1] shift=None, const floating[::1] x_mean=None, bint relu=False,
-                        floating[:, :, :, :, :] add=None, floating[:, :, :, :, :] formed=None, double[:, ::1] x_sums=None):
+                        tuple added=None, floating[:, :, :, :, :] formed=None, double[:, ::1] x_sums=None):
     """Gradients of conv_bands(): those of the weights to grad, and that of its input to dx (added if add_to_dx) unless None.
 
     g: that of the batch norm of y, zero where its ReLU is closed; y_sums, inverse: as of norm_parameter_gradients(); the
@@ -158,7 +155,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     made zero where the ReLU of x is closed, and of dx (x - x_mean).
     """
     cdef:
-        Bands[floating] a = bands(plan, images, x, y, relu, add, formed, scale, shift)
+        Bands[floating] a = bands(plan, images, x, y, relu, added, formed, scale, shift)
         long parts = plan.parts, n = plan.gradient.n_values, i, c, chunks, each
         bint back = turn()
         int threads = team(parts, plan.gradient.work * parts)
@@ -248,9 +245,9 @@ def norm_parameter_gradients(const double[:, :] sums, const double[::1] inverse,
 
 def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, const floating[::1] scale,
                        const floating[::1] shift, const floating[::1] mean, double[:, ::1] sums, bint relu,
-                       floating[:, :, :, :, :] add=None):
-    """Makes dx, the gradient of relu(x scale + shift + add), zero where the ReLU is closed. sums[:] (2, channels) = those of
-    it and of it times x - mean."""
+                       floating[:, :, :, :, :] formed=None):
+    """Makes dx zero where the ReLU of relu(x scale + shift), or of what lies in `formed`, is closed. sums[:] (2, channels) =
+    those of it and of it times x - mean."""
     cdef:
         Bands[floating] a
         vector[double] partial
@@ -264,9 +261,9 @@ def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, co
     same_length("mean", mean.shape[0], x.shape[1])
     a.x_shape, a.raw, a.dx = shape_of(x, 16 * x.shape[0]), view(x), view(dx)
     a.relu, a.parts, a.sums = relu, parts, partial.data()
-    a.scale, a.shift, a.x_mean, a.add, a.formed = &scale[0], &shift[0], &mean[0], maybe(add), nothing(<floating>0)
-    if add is not None:
-        same_shape(x, add)
+    a.scale, a.shift, a.x_mean, a.added.n, a.formed = &scale[0], &shift[0], &mean[0], 0, maybe(formed)
+    if formed is not None:
+        same_shape(x, formed)
     for i in prange(parts, nogil=True, num_threads=threads, schedule="static"):
         kernels.norm_gradient_sums(&a, parts - 1 - i if back else i)
     add_up(partial, x.shape[1], sums)

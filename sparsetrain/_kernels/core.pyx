@@ -25,7 +25,7 @@ cdef extern from "placement.hh":
 
 from sparsetrain._kernels cimport kernels
 from sparsetrain._kernels.kernels cimport (
-    Bands, BatchNorm, Build, Entry, MaxPool, PackedEntry, Place, Product, Segment, Shape, Slabs, Sparsifier, View,
+    Added, Bands, BatchNorm, Build, Entry, MaxPool, PackedEntry, Place, Product, Segment, Shape, Slabs, Sparsifier, View,
     Windows,
 )
 
@@ -37,7 +37,7 @@ ctypedef fused number:
 
 # As in kernels.hh.
 FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES
-STEPS, MAX_RUN = kernels.STEPS, kernels.MAX_RUN
+STEPS, MAX_RUN, MAX_ADDED = kernels.STEPS, kernels.MAX_RUN, kernels.MAX_ADDED
 
 
 # ---- instruction sets and threads

@@ -61,10 +61,26 @@ template <class T> struct Product {
     const float *shift;
 };
 
-// Batch norm over one channel: y = relu(gamma (x - mean) / sqrt(var + eps) + beta + add), add and relu optional.
+enum { MAX_ADDED = 2 };
+
+// What is added to a map: another one as it lies (scale null), or relu(x scale + shift + the term after it), a batch norm's
+// output that was never written.
+template <class T> struct Added {
+    struct Term {
+        View<T> x;
+        const T *scale, *shift;
+        bool relu;
+    } terms[MAX_ADDED];
+    int n;
+
+    void add(const View<T> &x, const T *scale, const T *shift, bool relu) { terms[n++] = {x, scale, shift, relu}; }
+};
+
+// Batch norm over one channel: y = relu(gamma (x - mean) / sqrt(var + eps) + beta + added), relu optional.
 template <class T> struct BatchNorm {
     Shape shape;
-    View<T> x, y, add, dy, dx, dadd;  // add.data, dadd.data: null if there is none
+    View<T> x, y, dy, dx, dadd;  // dadd.data: null if there is none
+    Added<T> added;
     const T *gamma, *beta;
     T *mean, *var;  // of the batch, biased (written by forward if training), or the running ones
     T *dgamma, *dbeta;
@@ -74,13 +90,14 @@ template <class T> struct BatchNorm {
 
 enum { MAX_PHASES = 16 };  // of the input gradient of a band: strides up to 4x4
 
-// A convolution whose input may be a batch norm's output that was never written, raw scale + shift (+ add, relu), and
+// A convolution whose input may be a batch norm's output that was never written, raw scale + shift (+ added, relu), and
 // whose output goes to a batch norm. A task is a run of output rows of one image block, a band of `rows` at a time.
 template <class T> struct Bands {
     Shape x_shape, y_shape;
     long tasks, run, rows, stride, padding[2], reach;  // stride and reach (first to last tap) are vertical
     long later;  // so many tasks, or parts, further on is what a thread is likely to take next
-    View<T> raw, add, keep, formed, y;     // null data: there is none. formed: x as it lies in memory; keep: to be written
+    View<T> raw, keep, formed, y;  // null data: there is none. formed: x as it lies in memory; keep: to be written
+    Added<T> added;
     const T *scale, *shift, *x_mean;
     bool relu, keep_far;  // keep goes straight to memory
     long x_channel, x_row, x_size;  // of the scratch that x is formed in
@@ -151,7 +168,7 @@ struct Windows {
 // Maxima over windows of x, or of what a batch norm makes of it: relu(x scale + shift + add), add and relu optional.
 template <class T> struct MaxPool {
     Shape x_shape, y_shape;
-    View<T> x, y, add;
+    View<T> x, y;
     Windows h, w;
     const T *scale, *shift;  // or null: of x itself
     bool relu;

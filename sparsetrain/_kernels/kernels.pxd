@@ -29,6 +29,7 @@ cdef extern from "dispatch.hh" nogil:
     enum: ROWS_AT_ONCE
     enum: MAX_RUN
     enum: MAX_PHASES
+    enum: MAX_ADDED
     enum: CHAINED_VALUES
     cppclass Product[T]:
         const T *x
@@ -57,11 +58,15 @@ cdef extern from "dispatch.hh" nogil:
         long size[2]
         float scale
         const float *shift
+    cppclass Added[T]:
+        int n
+        void add(const View[T] &, const T *, const T *, bint)
     cppclass Bands[T]:
         Shape x_shape, y_shape
         long tasks, run, rows, stride, reach, later
         long padding[2]
-        View[T] raw, add, keep, formed, y
+        View[T] raw, keep, formed, y
+        Added[T] added
         const T *scale
         const T *shift
         const T *x_mean
@@ -84,7 +89,8 @@ cdef extern from "dispatch.hh" nogil:
         void add_phase(const Product[T] &, int, long)
     cppclass BatchNorm[T]:
         Shape shape
-        View[T] x, y, add, dy, dx, dadd
+        View[T] x, y, dy, dx, dadd
+        Added[T] added
         const T *gamma
         const T *beta
         T *mean
@@ -124,7 +130,7 @@ cdef extern from "dispatch.hh" nogil:
         const int32_t *divisor
     cppclass MaxPool[T]:
         Shape x_shape, y_shape
-        View[T] x, y, add, dy, dx
+        View[T] x, y, dy, dx
         Windows h, w
         const T *scale
         const T *shift

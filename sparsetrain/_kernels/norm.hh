@@ -56,11 +56,42 @@ template <class T, class F, class G> INLINE void for_channel(const Shape &s, F f
     flush();
 }
 
-// relu(x scale + shift + other), other (null: nothing) and relu optional.
-template <class T> INLINE V<T> normed(V<T> x, T scale, T shift, const T *other, bool relu) {
-    V<T> v = x * scale + shift;
-    if (other) v += load(other);
-    return relu ? (v < 0 ? V<T>{} : v) : v;
+template <class T> INLINE V<T> relu_if(bool relu, V<T> v) { return relu ? (v < 0 ? V<T>{} : v) : v; }
+
+// A row of what is added to a map, N terms.
+template <class T, int N> struct AddedRow {
+    struct Term {
+        const T *x;
+        bool is_norm, relu;
+        T scale, shift;
+    } terms[N ? N : 1];
+
+    AddedRow(const Added<T> &a, long block, long c, long row) {
+        UNROLL for (int t = 0; t < N; t++) {
+            const auto &from = a.terms[t];
+            Term &to = terms[t];
+            to.x = pixel_row(from.x, block, c, row), to.is_norm = from.scale, to.relu = from.relu;
+            if (from.scale) to.scale = from.scale[c], to.shift = from.shift[c];
+        }
+    }
+    // v and the elements i of the row
+    INLINE_MEMBER V<T> plus(V<T> v, long i) const {
+        V<T> sum{};
+        UNROLL for (int t = N - 1; t >= 0; t--) {
+            const Term &term = terms[t];
+            V<T> u = load(term.x + i);
+            if (term.is_norm) u = u * term.scale + term.shift;
+            if (t < N - 1) u += sum;
+            sum = relu_if<T>(term.relu, u);
+        }
+        return N ? v + sum : v;
+    }
+};
+
+// Calls f(a Number with the value n): how many terms are added is known when compiling.
+template <int N> struct Number { enum { value = N }; };
+template <class F> INLINE void with_number(int n, F f) {
+    n == 0 ? f(Number<0>()) : n == 1 ? f(Number<1>()) : f(Number<2>());
 }
 
 template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) {
@@ -90,10 +121,13 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
         const T scale = T(a->gamma[c] * inverse), shift = a->beta[c] - a->mean[c] * scale;
         for (long b = 0; b < s.blocks; b++)
             for (long h = 0; h < s.height; h++) {
-                const T *x = pixel_row(a->x, b, c, h), *other = a->add.data ? pixel_row(a->add, b, c, h) : nullptr;
+                const T *x = pixel_row(a->x, b, c, h);
                 T *y = pixel_row(a->y, b, c, h);
-                for_row<T>(width, EACH {
-                    store(y + i, normed<T>(load(x + i), scale, shift, other ? other + i : nullptr, a->relu));
+                with_number(a->added.n, [&](auto n) {
+                    const AddedRow<T, n.value> added(a->added, b, c, h);
+                    for_row<T>(width, EACH {
+                        store(y + i, relu_if<T>(a->relu, added.plus(load(x + i) * scale + shift, i)));
+                    });
                 });
             }
     }

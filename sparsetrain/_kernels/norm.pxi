@@ -1,11 +1,37 @@
 # ---- batch norm, bias; part of core.pyx
 
+cdef Added[floating] added_of(tuple added, floating[:, :, :, :, :] x) except *:
+    """What is added to x: (array, None, None, False) as it lies, or (array, scale, shift, relu) for relu(array scale + shift +
+    what the next one comes to)."""
+    cdef:
+        Added[floating] a
+        floating[:, :, :, :, :] array
+        const floating[::1] scale, shift
+        const floating *factor
+        const floating *offset
+        bint relu
+    added = added or ()
+    if len(added) > kernels.MAX_ADDED:
+        raise ValueError(f"{len(added)} arrays are added, must be at most {kernels.MAX_ADDED}")
+    a.n = 0
+    for term in added:
+        array, scale, shift, relu = term
+        same_shape(x, array)
+        factor = offset = NULL
+        if scale is not None:
+            same_length("scale", scale.shape[0], x.shape[1])
+            same_length("shift", shift.shape[0], x.shape[1])
+            factor, offset = &scale[0], &shift[0]
+        a.add(view(array), factor, offset, relu)
+    return a
+
+
 def batch_norm(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, long images,
                const floating[::1] gamma, const floating[::1] beta, floating[::1] mean, floating[::1] var,
-               double eps, bint training, bint relu, floating[:, :, :, :, :] add=None):
-    """y[:] = gamma (x - mean) / sqrt(var + eps) + beta + add, then ReLU if `relu`.
+               double eps, bint training, bint relu, tuple added=None):
+    """y[:] = gamma (x - mean) / sqrt(var + eps) + beta + added, then ReLU if `relu`.
 
-    training: mean and var are those of the batch, biased, and are written; else they are read.
+    training: mean and var are those of the batch, biased, and are written; else they are read. added: see added_of().
     """
     same_shape(x, y)
     cdef:
@@ -19,10 +45,7 @@ def batch_norm(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, long images
     same_length("var", var.shape[0], n)
     a.shape = shape_of(x, images)
     a.x, a.y = view(x), view(y)  # OUT y
-    a.add.data = NULL
-    if add is not None:
-        same_shape(x, add)
-        a.add = view(add)
+    a.added = added_of(added, x)
     a.gamma, a.beta, a.eps, a.training, a.relu = &gamma[0], &beta[0], eps, training, relu
     a.mean, a.var = &mean[0], &var[0]  # OUT if training
     threads = team(n, size(a.shape))

@@ -13,18 +13,16 @@ template <class T> INLINE V<T> greater(V<T> best, V<T> v) { return ((best >= v) 
 
 // A row of what is pooled, a register at a time.
 template <class T, bool FORMED> struct PooledRow {
-    const T *x, *other;
+    const T *x;
     T scale, shift;
     bool relu;
     PooledRow(const MaxPool<T> &a, long b, long c, long row) : x(pixel_row(a.x, b, c, row)) {
         if (!FORMED) return;
-        other = a.add.data ? pixel_row(a.add, b, c, row) : nullptr;
         scale = a.scale[c], shift = a.shift[c], relu = a.relu;
     }
     INLINE_MEMBER V<T> operator[](long i) const {
-        V<T> v = load(x + i);
-        if (!FORMED) return v;
-        return normed<T>(v, scale, shift, other ? other + i : nullptr, relu);
+        const V<T> v = load(x + i);
+        return FORMED ? relu_if<T>(relu, v * scale + shift) : v;
     }
 };
 

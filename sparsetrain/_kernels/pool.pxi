@@ -10,10 +10,10 @@ cdef Windows windows(const int32_t[:, ::1] w, long outputs) except *:
 
 cdef MaxPool[floating] max_pool_of(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, const int32_t[:, ::1] h,
                                    const int32_t[:, ::1] w, const floating[::1] scale, const floating[::1] shift,
-                                   bint relu, floating[:, :, :, :, :] add) except *:
+                                   bint relu) except *:
     cdef MaxPool[floating] a
     a.x_shape, a.y_shape = shape_of(x, 16 * x.shape[0]), shape_of(y, 16 * x.shape[0])
-    a.x, a.y, a.add, a.relu = view(x), view(y), maybe(add), relu
+    a.x, a.y, a.relu = view(x), view(y), relu
     a.h, a.w = windows(h, a.y_shape.height), windows(w, a.y_shape.width)
     a.scale = NULL
     a.shift = NULL
@@ -21,20 +21,17 @@ cdef MaxPool[floating] max_pool_of(floating[:, :, :, :, :] x, floating[:, :, :, 
         same_length("scale", scale.shape[0], x.shape[1])
         same_length("shift", shift.shape[0], x.shape[1])
         a.scale, a.shift = &scale[0], &shift[0]
-    if add is not None:
-        same_shape(x, add)
     return a
 
 
 def max_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, const int32_t[:, ::1] h, const int32_t[:, ::1] w,
-             const floating[::1] scale=None, const floating[::1] shift=None, bint relu=False,
-             floating[:, :, :, :, :] add=None):
-    """y[:] = the maximum over each window of x, or, if scale is given, of relu(x scale + shift + add).
+             const floating[::1] scale=None, const floating[::1] shift=None, bint relu=False):
+    """y[:] = the maximum over each window of x, or, if scale is given, of relu(x scale + shift).
 
     Rows of h and w: begin, end, divisor.
     """
     cdef:
-        MaxPool[floating] a = max_pool_of(x, y, h, w, scale, shift, relu, add)  # OUT y
+        MaxPool[floating] a = max_pool_of(x, y, h, w, scale, shift, relu)  # OUT y
         long n = a.x_shape.blocks * a.x_shape.channels, c
         int threads = team(n, size(a.x_shape))
         long chunks = chunks_of(n, threads)
@@ -45,7 +42,7 @@ def max_pool(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, const int32_t
 def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floating[:, :, :, :, :] dy,
                       floating[:, :, :, :, :] dx, const int32_t[:, ::1] h, const int32_t[:, ::1] w,
                       const floating[::1] scale=None, const floating[::1] shift=None, bint relu=False,
-                      floating[:, :, :, :, :] add=None, const floating[::1] mean=None, double[:, ::1] sums=None):
+                      const floating[::1] mean=None, double[:, ::1] sums=None):
     """dx[:] = the gradients of the windows at their first maximum.
 
     If scale is given, dx is zero where the ReLU is closed and sums (2, channels) are set, as by norm_gradient_sums().
@@ -53,7 +50,7 @@ def max_pool_backward(floating[:, :, :, :, :] x, floating[:, :, :, :, :] y, floa
     same_shape(x, dx)
     same_shape(y, dy)
     cdef:
-        MaxPool[floating] a = max_pool_of(x, y, h, w, scale, shift, relu, add)
+        MaxPool[floating] a = max_pool_of(x, y, h, w, scale, shift, relu)
         long n = a.x_shape.blocks * a.x_shape.channels, c
         int threads = team(n, size(a.x_shape))
         long chunks = chunks_of(n, threads)

@@ -66,7 +66,7 @@ class BatchNorm2d(Module):
         start = time.perf_counter()
         core.batch_norm(
             x.array, y.array, x.n, self.weight.data, self.bias.data, mean, var, self.eps, training, relu,
-            None if add is None else add.array,
+            () if add is None else ((add.array, None, None, False),),
         )  # fmt: skip
         tell("batch_norm", start, [x, add], [y])
         self.track(mean, var, math.prod(x.shape) // self.num_features)

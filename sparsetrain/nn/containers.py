@@ -166,7 +166,7 @@ class Residual(Module):
         fused = _fuses and self.body.fuses_add
         body = self.body if isinstance(self.body, Sequential) else Sequential(self.body)
         if isinstance(x, Normed):
-            x.keep = self.halo
+            x.keep_for(self.halo)
         around, around_backward = self.shortcut.run(x.with_halo(self.halo), (0, 0)) if self.shortcut else (x, None)
         if fused:
             y, body_backward = body.run(x, halo, add=around, relu=relu)

@@ -425,7 +425,8 @@ def batch_norm(x, dy, add=None, relu=False):
     y, dx, dadd, more, seen = x.like((1, 1)), x.like((2, 0)), None, None, None
     if add is not None:
         dadd, more, seen = x.like((0, 1)).array, activation(add).array, y.array
-    core.batch_norm(x.array, y.array, x.n, gamma, beta, mean, var, 1e-5, True, relu, more)
+    added = () if add is None else ((more, None, None, False),)
+    core.batch_norm(x.array, y.array, x.n, gamma, beta, mean, var, 1e-5, True, relu, added)
     of_x = x.array, seen, dy.array, dx.array, x.n, gamma, beta, mean, var
     core.batch_norm_backward(*of_x, dgamma, False, dbeta, False, 1e-5, True, relu, dadd)
     if dadd is not None:
@@ -456,6 +457,46 @@ def test_batch_norm(shape, fused, dtype, isa, threads, poison):
     for actual, wanted in zip((dx, dgamma, dbeta), back, strict=True):
         terms = x.size / actual.size  # of each sum
         np.testing.assert_allclose(actual, wanted, rtol=eps, atol=eps * terms**0.5)
+
+
+@pytest.mark.parametrize("relus", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("terms", [1, 2])
+@DTYPES
+def test_terms_that_are_added(terms, relus, dtype, isa, threads, poison):
+    """x scale + shift + relu(a scale + shift + relu(b scale + shift)), or b as it lies; with numbers that are exact."""
+    shape = (19, 5, 4, 3)
+    x, *others = (integers(shape, dtype, seed) for seed in range(terms + 1))
+    scales, shifts = (integers((terms + 1, shape[1]), dtype, seed) for seed in (7, 8))
+    one = np.ones(shape[1], dtype)
+
+    def normed(i, values):
+        return values * scales[i][:, None, None] + shifts[i][:, None, None]
+
+    def run(added):
+        y = arrays.empty(*shape, dtype, (1, 0))
+        numbers = scales[0], shifts[0], 0 * one, one
+        core.batch_norm(activation(x).array, y.array, shape[0], *numbers, 0.0, False, True, added)
+        return arrays.unpack(y)
+
+    held = [activation(other, (0, i)) for i, other in enumerate(others)]
+    added = [(a.array, scales[i], shifts[i], relus[i - 1]) for i, a in enumerate(held, 1)]
+    expected = 0
+    for i in range(terms, 0, -1):
+        expected = normed(i, others[i - 1]) + expected
+        expected = np.maximum(expected, 0) if relus[i - 1] else expected
+    np.testing.assert_array_equal(run(tuple(added)), np.maximum(normed(0, x) + expected, 0))
+    added[-1] = held[-1].array, None, None, False
+    expected = others[-1]
+    if terms == 2:
+        expected = normed(1, others[0]) + expected
+        expected = np.maximum(expected, 0) if relus[0] else expected
+    np.testing.assert_array_equal(run(tuple(added)), np.maximum(normed(0, x) + expected, 0))
+    with pytest.raises(ValueError, match="3 arrays are added, must be at most 2"):
+        run(tuple(added[:1] * 3))
+    with pytest.raises(ValueError, match="shape"):
+        run(((held[0].array[:, 1:], None, None, False),))
+    with pytest.raises(ValueError, match="scale"):
+        run(((held[0].array, scales[0][1:], shifts[0], False),))
 
 
 def test_batch_norm_far_from_zero(isa, threads):
