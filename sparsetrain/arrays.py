@@ -82,8 +82,8 @@ def release():
 
 
 def memory_of(array):
-    """(address, bytes) of all the memory that a Blocked's array lies in."""
-    return array.base.__array_interface__["data"][0], array.base.nbytes
+    """The place in the heap that a Blocked's array lies in."""
+    return array.base.base.place
 
 
 class Taken:

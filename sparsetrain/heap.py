@@ -53,21 +53,24 @@ class _Region:
 
 
 class _Piece:
-    """The bytes [begin, end) of a region, the heap's again once nobody uses the array that np.asarray() makes of it."""
+    """The bytes [begin, end) of a region, the heap's again once nobody uses the array that np.asarray() makes of it.
+
+    place: (region, begin, end, kind).
+    """
 
     def __init__(self, heap, region, begin, end, kind):
-        self._heap, self._place = heap, (region, begin, end, kind)
+        self._heap, self.place = heap, (region, begin, end, kind)
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (end - begin,), "data": (begin, False)}
 
     def __del__(self):
-        self._heap.let_go.append(self._place)
+        self._heap.let_go.append(self.place)
 
 
 class Heap:
     """Memory, handed out by pieces.
 
-    let_go: (region, begin, end, kind) of the pieces that came back since it was last asked for one: the garbage
-    collector may let go of one at any time, also in the middle of a call.
+    let_go: places of the pieces that came back since it was last asked for one: the garbage collector may let go of one
+    at any time, also in the middle of a call.
     """
 
     def __init__(self):
@@ -77,7 +80,7 @@ class Heap:
         self._kinds = {}  # kind: [(region, begin, end)]
 
     def take(self, size, kind=None):
-        """(an array of at least `size` bytes, whether it is one of its kind that was let go).
+        """(an array of at least `size` bytes, its base a piece; whether that is one of its kind that was let go).
 
         A piece of a kind, but None, stays as it is left until one of this kind is taken again: all have one size.
         """
@@ -88,22 +91,19 @@ class Heap:
             place = self._kinds[kind].pop() if again else self._first(size)
             return np.asarray(_Piece(self, *place, kind)), again
 
-    def withdraw(self, pieces):
-        """Takes the memory of these (begin, bytes), which may overlap: what to add to let_go once it may be used again.
-        None, and nothing is taken, if some of it is in use."""
-        wanted = {(begin, begin + size) for begin, size in pieces}
+    def withdraw(self, places):
+        """Takes these places of pieces, which may overlap: what to add to let_go once they may be used again.
+
+        None, and nothing is taken, if some are in use, or were of two kinds: who came later would not find its own.
+        """
         taken = []
         with self._lock:
             self._come_back()
-            for kind, places in self._kinds.items():
-                taken += [(*place, kind) for place in places if place[1:] in wanted]
-                places[:] = [place for place in places if place[1:] not in wanted]
-            for begin, end in _joined(wanted - {place[1:3] for place in taken}):
-                region = next((r for r in self._regions if r.cut(begin, end)), None)
-                if region is None:
+            for place in _joined(places):
+                if not self._take_out(*place):
                     self.let_go += taken
                     return None
-                taken.append((region, begin, end, None))
+                taken.append(place)
         return taken
 
     def idle(self):
@@ -131,6 +131,15 @@ class Heap:
             else:
                 self._kinds.setdefault(kind, []).append((region, begin, end))
 
+    def _take_out(self, region, begin, end, kind):
+        """Whether the place was there to be taken."""
+        if kind is None:
+            return region.cut(begin, end)
+        there = (region, begin, end) in self._kinds.get(kind, ())
+        if there:
+            self._kinds[kind].remove((region, begin, end))
+        return there
+
     def _first(self, size):
         """(region, begin, end) of the first place of so many bytes."""
         for region in self._regions:
@@ -146,11 +155,11 @@ class Heap:
 
 
 def _joined(places):
-    """The places by address, those that overlap or touch as one."""
+    """The places, those of no kind that overlap or touch as one. Regions do not touch."""
     joined = []
-    for begin, end in sorted(places):
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((begin, end))
+    for region, begin, end, kind in sorted(places, key=lambda place: (place[3] is not None, place[1])):
+        if kind is None and joined and begin <= joined[-1][2]:
+            _, begin, last, _ = joined.pop()
+            end = max(end, last)
+        joined.append((region, begin, end, kind))
     return joined

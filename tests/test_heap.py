@@ -32,7 +32,7 @@ class Held:
     withdrawn: list | None = None
 
     def places(self):
-        return [place(self.piece)] if self.withdrawn is None else [p[1:3] for p in self.withdrawn]
+        return [self.piece.base.place] if self.withdrawn is None else self.withdrawn
 
 
 class Use(RuleBasedStateMachine):
@@ -65,9 +65,9 @@ class Use(RuleBasedStateMachine):
     def withdraw(self, choose):
         places = choose.sample(self.gone, min(3, len(self.gone)))
         before = self.heap.idle()
-        found = self.heap.withdraw({(begin, end - begin) for begin, end in places})
+        found = self.heap.withdraw(set(places))
         if found is not None:
-            union = set().union(*(range(begin, end, heap.ALIGNED) for begin, end in places))
+            union = set().union(*(range(begin, end, heap.ALIGNED) for _, begin, end, _ in places))
             assert before - self.heap.idle() == heap.ALIGNED * len(union)
         else:
             assert self.heap.idle() == before
@@ -86,12 +86,27 @@ class Use(RuleBasedStateMachine):
     @invariant()
     def no_byte_is_used_twice(self):
         assert all((held.piece == held.byte).all() for held in self.held if held.piece is not None)
-        places = sorted(p for held in self.held for p in held.places())
+        places = sorted(p[1:3] for held in self.held for p in held.places())
         assert all(one[1] <= other[0] for one, other in pairwise(places))
 
 
 Use.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestUse = Use.TestCase
+
+
+def test_what_was_of_two_kinds_is_not_withdrawn():
+    """Who is given it again and again, in turns, would not find what it left."""
+    shared, places = Heap(), set()
+    for kind in (None, "a"):
+        piece, again = shared.take(640, kind)
+        places.add(piece.base.place)
+        assert not again
+        del piece
+    assert len({place[1:3] for place in places}) == 1
+    idle = shared.idle()
+    assert shared.withdraw(places) is None and shared.idle() == idle
+    for place in places:
+        assert (shared.withdraw({place}) is None) == (place[-1] is None)
 
 
 def test_a_stack_leaves_no_gap():
