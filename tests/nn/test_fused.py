@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sparsetrain as st
-from sparsetrain import nn, ops, winograd
+from sparsetrain import arrays, nn, ops, winograd
 from sparsetrain._kernels import core
 from sparsetrain.nn import convnorm
 from sparsetrain.record import record
@@ -206,6 +206,23 @@ def test_in_evaluation_what_is_not_finite_stays_in_its_image():
 @pytest.mark.parametrize("name", ["shortcuts", "no ReLU, wide stride"])
 def test_same_bits_on_any_number_of_threads(name, same_bits):
     same_bits(lambda: step(net(name).to(np.float32).to(np.float64), n=40))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_lay_in_memory_before_changes_nothing(name, monkeypatch):
+    model = net(name)
+    with nn.eager():
+        wanted = step(copy.deepcopy(model))
+        allocate = arrays._allocate
+
+        def nan(*geometry):
+            array = allocate(*geometry)
+            array[...] = np.nan
+            return array
+
+        monkeypatch.setattr(arrays, "_allocate", nan)
+        for a, b in zip(step(model), wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_convolution_with_bias_or_tiny_images_runs_alone(bands):
