@@ -246,8 +246,8 @@ def norm_parameter_gradients(const double[:, :] sums, const double[::1] inverse,
 def norm_gradient_sums(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dx, const floating[::1] scale,
                        const floating[::1] shift, const floating[::1] mean, double[:, ::1] sums, bint relu,
                        floating[:, :, :, :, :] formed=None):
-    """Makes dx zero where the ReLU of relu(x scale + shift), or of what lies in `formed`, is closed. sums[:] (2, channels) =
-    those of it and of it times x - mean."""
+    """Makes dx zero, if relu, where x scale + shift, or what lies in `formed`, is not above 0. sums[:] (2, channels) = those
+    of it and of it times x - mean."""
     cdef:
         Bands[floating] a
         vector[double] partial

@@ -165,7 +165,7 @@ struct Windows {
     const int32_t *begin, *end, *divisor;
 };
 
-// Maxima over windows of x, or of what a batch norm makes of it: relu(x scale + shift + add), add and relu optional.
+// Maxima over windows of x, or of what a batch norm makes of it: relu(x scale + shift), relu optional.
 template <class T> struct MaxPool {
     Shape x_shape, y_shape;
     View<T> x, y;
