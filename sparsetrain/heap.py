@@ -94,7 +94,8 @@ class Heap:
     def withdraw(self, places):
         """Takes these places of pieces, which may overlap: what to add to let_go once they may be used again.
 
-        None, and nothing is taken, if some are in use, or were of two kinds: who came later would not find its own.
+        None, and nothing is taken, if some are in use or went back to the system, or were of two kinds: who came later
+        would not find its own.
         """
         taken = []
         with self._lock:
@@ -134,7 +135,7 @@ class Heap:
     def _take_out(self, region, begin, end, kind):
         """Whether the place was there to be taken."""
         if kind is None:
-            return region.cut(begin, end)
+            return region in self._regions and region.cut(begin, end)
         there = (region, begin, end) in self._kinds.get(kind, ())
         if there:
             self._kinds[kind].remove((region, begin, end))

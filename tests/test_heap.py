@@ -109,6 +109,16 @@ def test_what_was_of_two_kinds_is_not_withdrawn():
         assert (shared.withdraw({place}) is None) == (place[-1] is None)
 
 
+@pytest.mark.parametrize("kind", [None, "a"])
+def test_what_went_back_to_the_system_is_not_withdrawn(kind):
+    shared = Heap()
+    piece, _ = shared.take(640, kind)
+    places = {piece.base.place}
+    del piece
+    shared.release()
+    assert shared.withdraw(places) is None and shared.idle() == 0
+
+
 def test_a_stack_leaves_no_gap():
     """Activations forward, gradients in their place backward: nothing past the peak is taken, in any step."""
     shared = Heap()
