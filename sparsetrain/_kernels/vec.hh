@@ -20,6 +20,8 @@
 // Hides from the compiler how a pointer came about. gcc 12 otherwise forms the address of every row of a tile anew for
 // each weight, and saves and restores ten registers around each segment for it.
 #define OPAQUE(pointer) __asm__("" : "+r"(pointer))
+// Has a vector loaded once: gcc 12 reads memory anew in each of two multiply-adds that use it.
+#define IN_REGISTER(vector) __asm__("" : "+x"(vector))
 
 constexpr long IMAGES = 16;  // images side by side in the last axis of every blocked array
 
@@ -66,7 +68,7 @@ template <class T> INLINE void store_past_cache(T *p, V<T> v) {
     store(p, v);
 #endif
 }
-constexpr bool WHOLE_LINES = VEC_BYTES == 64;  // a store fills a line; of two halves that come one by one memory reads the rest
+constexpr int LINE = 64;  // bytes
 INLINE void finish_stores() {
 #if defined(__SSE2__)
     _mm_sfence();

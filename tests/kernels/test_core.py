@@ -227,7 +227,7 @@ def test_offsets_and_sorted_values_lie_in_the_order_in_which_they_are_met(monkey
         return plan_of(**arguments)
 
     monkeypatch.setattr(core, "Plan", keep)
-    monkeypatch.setattr(plans, "choose_tile", lambda *_: ((0, 1, 2), (1, 2, 4), 3))
+    monkeypatch.setattr(plans, "choose_tile", lambda *_: ((0, 1, 2), (1, 2, 2), 3))
     passes(Case(IMAGES, (8, 7), (16, 16), (3, 3), plans.Geometry(padding=(1, 1))), np.float32, True)
     assert len(made) == 3
     ascending = []
