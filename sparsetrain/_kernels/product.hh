@@ -191,9 +191,9 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
                 add_sums<T>(acc, dv + i);
             }
             if (i < s->count) {
-                V<T> acc[4] = {};
+                V<T> acc[4];
                 T total[4] = {};
-                for (int q = 0; q < s->count - i; q++) acc[q] = dot(places.take(i + q));
+                UNROLL for (int q = 0; q < 4; q++) acc[q] = q < s->count - i ? dot(places.take(i + q)) : V<T>{};
                 add_sums<T>(acc, total);
                 for (int q = 0; q < s->count - i; q++) dv[i + q] += total[q];
             }
@@ -311,9 +311,9 @@ void linear_gradient(long begin, long end, long first_group, long last_group, lo
                 }
             }
             for (int u = 0; u < rows; u++) {
-                T *out = grad + (row + u) * features + first, part[FEATURES<T>] = {};
+                T *out = grad + (row + u) * features + first, part[FEATURES<T>];
                 T *to = whole ? out : part;
-                if (!whole && accumulate) for (long i = 0; i < features - first; i++) part[i] = out[i];
+                if (!whole) for (long i = 0; i < FEATURES<T>; i++) part[i] = accumulate && i < features - first ? out[i] : T(0);
                 UNROLL for (int q = 0; q < Q; q++) store(to + q * L, accumulate ? load(to + q * L) + acc[u][q] : acc[u][q]);
                 if (!whole) for (long i = 0; i < features - first; i++) out[i] = part[i];
             }

@@ -104,6 +104,15 @@ template <class T> INLINE void add_sums(const V<T> *v, T *out) {
         const V<T> a = SHUFFLE(v[0], v[1], 0, 1, 4, 5) + SHUFFLE(v[0], v[1], 2, 3, 6, 7);
         const V<T> b = SHUFFLE(v[2], v[3], 0, 1, 4, 5) + SHUFFLE(v[2], v[3], 2, 3, 6, 7);
         s = SHUFFLE(a, b, 0, 2, 4, 6) + SHUFFLE(a, b, 1, 3, 5, 7);
+    } else if constexpr (VEC_BYTES == 32) {  // halves are added last: what crosses them takes longest
+#define EVEN 0, 2, 8, 10, 4, 6, 12, 14
+#define ODD 1, 3, 9, 11, 5, 7, 13, 15
+        const V<T> a = SHUFFLE(v[0], v[1], EVEN) + SHUFFLE(v[0], v[1], ODD);
+        const V<T> b = SHUFFLE(v[2], v[3], EVEN) + SHUFFLE(v[2], v[3], ODD);
+        const V<T> c = SHUFFLE(a, b, EVEN) + SHUFFLE(a, b, ODD);
+        s = c + SHUFFLE(c, c, 4, 5, 6, 7, 0, 1, 2, 3);
+#undef EVEN
+#undef ODD
     } else if constexpr (L == 8) {
         const V<T> a = SHUFFLE(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15);
         const V<T> b = SHUFFLE(v[2], v[3], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(v[2], v[3], 4, 5, 6, 7, 12, 13, 14, 15);
