@@ -7,14 +7,14 @@
 // Source: SparseProp, arXiv 2302.04852, section 3 (the batch as the vector); it reloads and stores the
 // output for every weight, here a group of input channels is met between load and store.
 
-// Where a register is less than a line, a sparse tile holds two of each position: so many half lines alone would read, and
-// keep in L1, twice as many. In turn with one (2 cores of a Zen 3, AVX2): 15 layers' forward passes take 0.90 of the time, weight
-// gradients 0.90, linear layers at 80 % 0.63.
+// Where a register is half a line or less, a sparse tile holds two registers of each position: twelve half lines fill as much of
+// L1 as twelve whole ones. In turn with tiles of half lines (2 cores of a Zen 3, AVX2) 15 layers' forward passes and weight
+// gradients take 0.90 of the time, linear layers at 80 % 0.63.
 constexpr int HALVES = VEC_BYTES == LINE ? 1 : 2;
 constexpr int MAX_TILE = (REGISTERS - 4) / HALVES;  // positions of a tile
 constexpr int MAX_GRADIENT_TILE = (REGISTERS - 8) / HALVES;
-// Of a dense tile 16 registers hold x and a weight at a time, instead of the weights and x at a time: three positions of four rows
-// instead of two take 0.87 of the time.
+// With 16 registers a dense tile holds the x of its positions and takes the weights one by one, with 32 the other way round: so
+// three positions of four rows fit instead of two, 0.87 of the time (Zen 3).
 constexpr bool X_FIRST = REGISTERS == 16;
 constexpr int MAX_DENSE_TILE = (REGISTERS - (X_FIRST ? 4 : 6)) / ROWS_AT_ONCE;
 constexpr int MAX_R = 4, MAX_W = 16;         // of any tile
