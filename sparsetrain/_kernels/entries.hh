@@ -1,28 +1,22 @@
 // The values of an output gradient that a method uses, found in one pass and kept as lists of entries (value, position): what
 // sparse_gradient.hh multiplies.
 
-typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t))));
+typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t)), may_alias));
 template <class T> struct Patterns { typedef int32_t type; };
 template <> struct Patterns<double> { typedef int64_t type; };
 // The bits of values: none is set in +0, one in -0.
-template <class T> struct ImageBits {
-    typedef typename Patterns<T>::type values __attribute__((vector_size(IMAGES * sizeof(T))));
-};
-template <class T> INLINE typename ImageBits<T>::values bits_of(const Values<T> &v) { return (typename ImageBits<T>::values)v; }
+template <class T> using Bits = typename Patterns<T>::type;
 
 // The largest whole number that is not above v; where it does not fit 32 bits, v itself (whole, if a float).
-template <class T> INLINE Values<T> round_down(Values<T> v) {
+template <class T> INLINE V<T> round_down(V<T> v) {
 #if defined(__AVX2__)
-    constexpr int L = Vec<T>::lanes;
-    V<T> part[IMAGES / L];
-    __builtin_memcpy(part, &v, sizeof v);
-    UNROLL for (int i = 0; i < IMAGES / L; i++) part[i] = floor(part[i]);
-    __builtin_memcpy(&v, part, sizeof v);
-    return v;
+    return floor(v);
 #else
-    const Values<T> magnitude = v < 0 ? -v : v, none = {};
+    constexpr int L = Vec<T>::lanes;
+    typedef int32_t whole __attribute__((vector_size(L * sizeof(int32_t))));
+    const V<T> magnitude = v < 0 ? -v : v, none = {};
     const auto small = magnitude < T(sizeof(T) == 4 ? 1 << 23 : INT32_MAX);
-    const Values<T> cut = __builtin_convertvector(__builtin_convertvector(small ? v : none, Ints), Values<T>);
+    const V<T> cut = __builtin_convertvector(__builtin_convertvector(small ? v : none, whole), V<T>);
     return small ? (cut > v ? cut - 1 : cut) : v;
 #endif
 }
@@ -41,11 +35,11 @@ struct RandomBits {
     }
     INLINE_MEMBER const Hashes &key(long block) {
         const long i = block % BLOCKS;
-        if (blocks[i] != block) blocks[i] = block, keys[i] = mix(mix((Hashes)LANES + (uint32_t)(block * IMAGES) + lo) ^ hi);
+        if (blocks[i] != block) blocks[i] = block, keys[i] = mix(mix(*(const Hashes *)LANE_NUMBERS + (uint32_t)(block * IMAGES) + lo) ^ hi);
         return keys[i];
     }
     INLINE_MEMBER uint32_t place(long i) {
-        if (i / IMAGES != first) first = i / IMAGES, *(Hashes *)places = mix((Hashes)LANES + (uint32_t)(first * IMAGES));
+        if (i / IMAGES != first) first = i / IMAGES, *(Hashes *)places = mix(*(const Hashes *)LANE_NUMBERS + (uint32_t)(first * IMAGES));
         return places[i % IMAGES];
     }
 };
@@ -57,50 +51,57 @@ struct Rows { long first_block, end_block, channel, begin, end; };
 // where pixels are chosen a zero among them is -0.
 template <class T, class F>
 INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &random, View<T> dy, const Rows &rows, F f) {
+    typedef InRegisters<T> Sixteen;
+    constexpr int L = Sixteen::LANES;
     const long width = s.out_width, first = rows.channel * s.out_height * width;
+    const V<T> zero = {};
     if (how.kind == DITHER) {
+        typedef int32_t whole __attribute__((vector_size(L * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
         const T unit_out = how.unit, inverse = 1 / how.step, limit = (T)how.limit;
-        Values<T> clipped = {};  // exact up to 2^24 pixels of all blocks
+        V<T> clipped[Sixteen::N] = {};  // exact up to 2^24 pixels of all blocks
         for (long block = rows.first_block; block < rows.end_block; block++) {
             const Hashes key = random.key(block);
             for (long r = rows.begin; r < rows.end; r++) {
                 const T *g = pixel_row(dy, block, rows.channel, r);
                 for (long c = 0; c < width; c++) {
                     const Hashes hash = mix(key ^ random.place(first + r * width + c)) >> 8;
-                    const Values<T> unit = __builtin_convertvector((Ints)hash, Values<T>) * T(0x1p-24);
-                    Values<T> q = round_down<T>(*(const Values<T> *)(g + c * IMAGES) * inverse + unit);
-                    if (limit) {
-                        const Values<T> before = q;
-                        q = q < -limit ? Values<T>{} - limit : q;
-                        q = q > limit ? Values<T>{} + limit : q;
-                        clipped += before != q ? Values<T>{} + 1 : Values<T>{};
-                    }
-                    f(block, r, c, q * unit_out);
+                    f(block, r, c, Sixteen::of([&](int i) INLINE_MEMBER {
+                        const V<T> unit = __builtin_convertvector(((const whole *)&hash)[i], V<T>) * T(0x1p-24);
+                        V<T> q = round_down<T>(load(g + c * IMAGES + i * L) * inverse + unit);
+                        if (limit) {
+                            const V<T> before = q;
+                            q = q < -limit ? zero - limit : q;
+                            q = q > limit ? zero + limit : q;
+                            clipped[i] += before != q ? zero + 1 : zero;
+                        }
+                        return q * unit_out;
+                    }));
                 }
             }
         }
-        long n = 0;
-        for (long i = 0; limit && i < IMAGES; i++) n += (long)clipped[i];
-        return n;
+        V<T> all = clipped[0];
+        UNROLL for (int i = 1; i < Sixteen::N; i++) all += clipped[i];
+        double n = 0;
+        for (int i = 0; limit && i < L; i++) n += all[i];
+        return (long)n;
     }
     for (long block = rows.first_block; block < rows.end_block; block++) {
-        const Values<T> real = real_images<T>(block, s.images);
-        Values<T> threshold = {};
-        if (how.thresholds) threshold = *(const Values<T> *)(how.thresholds + block * IMAGES);
+        const auto real = real_images<T>(block, s.images);
         for (long r = rows.begin; r < rows.end; r++) {
             const T *g = pixel_row(dy, block, rows.channel, r);
             const T *chosen = how.chosen ? how.chosen + (block * s.out_height + r) * width * IMAGES : nullptr;
             const T *base = how.base ? how.base + first + r * width : nullptr;
-            for (long c = 0; c < width; c++) {
-                Values<T> v = *(const Values<T> *)(g + c * IMAGES);
-                if (chosen) {
-                    v = v == 0 ? -Values<T>{} : v;
-                    f(block, r, c, *(const Values<T> *)(chosen + c * IMAGES) == 0 ? Values<T>{} : v);
-                    continue;
-                }
-                if (base) v -= base[c] * real;
-                f(block, r, c, (v <= threshold) & (v >= -threshold) ? Values<T>{} : v);  // NaN is used: it must show
-            }
+            for (long c = 0; c < width; c++)
+                f(block, r, c, Sixteen::of([&](int i) INLINE_MEMBER {
+                    V<T> v = load(g + c * IMAGES + i * L);
+                    if (chosen) {
+                        v = v == 0 ? -zero : v;
+                        return load(chosen + c * IMAGES + i * L) == 0 ? zero : v;
+                    }
+                    if (base) v -= base[c] * real.v[i];
+                    const V<T> threshold = how.thresholds ? load(how.thresholds + block * IMAGES + i * L) : zero;
+                    return (v <= threshold) & (v >= -threshold) ? zero : v;  // NaN is used: it must show
+                }));
         }
     }
     return 0;
@@ -127,15 +128,32 @@ template <class T> INLINE V<T> add_product_with_entry(V<T> sum, V<T> value, V<T>
     else return sum + value * x;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The eight lanes of a register, those whose bit is set first; AVX-512 has an instruction for it.
+struct KeptFirst {
+    uint8_t lanes[256][8] = {};
+    constexpr KeptFirst() {
+        for (int bits = 0; bits < 256; bits++)
+            for (int i = 0, n = 0; i < 8; i++)
+                if (bits >> i & 1) lanes[bits][n++] = (uint8_t)i;
+    }
+};
+constexpr KeptFirst KEPT_FIRST;
+INLINE V<int32_t> kept_first(V<int32_t> v, int bits) {
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)KEPT_FIRST.lanes[bits]));
+    return (V<int32_t>)_mm256_permutevar8x32_epi32((__m256i)v, lanes);
+}
+#endif
+
 // Writes those of 16 entries whose value is not +0, and anything after them up to out[16]; returns how many they are.
-template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, const Ints &position) {
+template <class T> INLINE long append(Entry<T> *out, const InRegisters<T> &value, const InRegisters<int32_t> &position) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
         typedef float floats __attribute__((vector_size(64)));
         typedef int32_t ints __attribute__((vector_size(64)));
-        const uint16_t kept = (uint16_t)_mm512_test_epi32_mask((__m512i)value, (__m512i)value);
-        const ints v = (ints)__builtin_ia32_compresssf512_mask((floats)value, floats{}, kept);
-        const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)position, ints{}, kept);
+        const uint16_t kept = (uint16_t)_mm512_test_epi32_mask((__m512i)value.v[0], (__m512i)value.v[0]);
+        const ints v = (ints)__builtin_ia32_compresssf512_mask((floats)value.v[0], floats{}, kept);
+        const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)position.v[0], ints{}, kept);
         const ints low = SHUFFLE(p, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const long n = __builtin_popcount(kept);
         __builtin_memcpy(out, &low, 4 * sizeof *out);
@@ -146,33 +164,69 @@ template <class T> INLINE long append(Entry<T> *out, const Values<T> &value, con
         }
         return n;
     }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        long n = 0;
+        UNROLL for (int i = 0; i < 2; i++) {
+            const V<int32_t> bits = (V<int32_t>)value.v[i];
+            const int kept = _mm256_movemask_ps((__m256)(bits != 0)), count = __builtin_popcount(kept);
+            const V<int32_t> v = kept_first(bits, kept), p = kept_first(position.v[i], kept);
+            store((int32_t *)(out + n), SHUFFLE(p, v, 0, 8, 1, 9, 2, 10, 3, 11));
+            if (__builtin_expect(count > 4, 0)) store((int32_t *)(out + n + 4), SHUFFLE(p, v, 4, 12, 5, 13, 6, 14, 7, 15));
+            n += count;
+        }
+        return n;
+    }
 #endif
-    const auto bits = bits_of<T>(value);
+    T values[IMAGES];
+    Bits<T> bits[IMAGES];
+    int32_t positions[IMAGES];
+    __builtin_memcpy(values, &value, sizeof values), __builtin_memcpy(bits, &value, sizeof bits);
+    __builtin_memcpy(positions, &position, sizeof positions);
     long n = 0;
     for (long i = 0; i < IMAGES; i++) {  // without a branch, which would be foreseen in few cases
-        out[n].position = position[i], out[n].value = value[i];
+        out[n].position = positions[i], out[n].value = values[i];
         n += bits[i] != 0;
     }
     return n;
 }
 
-INLINE long append(PackedEntry *out, const Values<float> &value, const Ints &position) {
-    const Ints packed = position << 8 | (__builtin_convertvector(value, Ints) & 255);
+INLINE long append(PackedEntry *out, const InRegisters<float> &value, const InRegisters<int32_t> &position) {
+    const auto packed = InRegisters<int32_t>::of([&](int i) INLINE_MEMBER {
+        return position.v[i] << 8 | (__builtin_convertvector(value.v[i], V<int32_t>) & 255);
+    });
 #if defined(__AVX512F__)
     typedef float floats __attribute__((vector_size(64)));
     typedef int32_t ints __attribute__((vector_size(64)));
-    const uint16_t kept = (uint16_t)__builtin_ia32_cmpps512_mask((floats)value, floats{}, 4, (uint16_t)-1, 4);
-    const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)packed, ints{}, kept);
+    const uint16_t kept = (uint16_t)__builtin_ia32_cmpps512_mask((floats)value.v[0], floats{}, 4, (uint16_t)-1, 4);
+    const ints p = (ints)__builtin_ia32_compresssi512_mask((ints)packed.v[0], ints{}, kept);
     __builtin_memcpy(out, &p, sizeof p);
     return __builtin_popcount(kept);
+#elif defined(__AVX2__)
+    long n = 0;
+    UNROLL for (int i = 0; i < 2; i++) {
+        const int kept = _mm256_movemask_ps((__m256)(value.v[i] != 0));
+        store((int32_t *)(out + n), kept_first(packed.v[i], kept));
+        n += __builtin_popcount(kept);
+    }
+    return n;
 #else
+    int32_t bits[IMAGES];
+    packed.store_at(bits);
     long n = 0;
     for (long i = 0; i < IMAGES; i++) {
-        out[n].bits = packed[i];
-        n += value[i] != 0;
+        out[n].bits = bits[i];
+        n += (bits[i] & 255) != 0;
     }
     return n;
 #endif
+}
+
+// The places of the 16 images of a pixel: `image` apart, that of the first being `first`.
+INLINE InRegisters<int32_t> places_of(int32_t image, int32_t first) {
+    auto places = InRegisters<int32_t>::at(LANE_NUMBERS);
+    for (auto &v : places.v) v = v * image + first;
+    return places;
 }
 
 INLINE long band_begin(const Slabs &s, long band) { return band * s.out_height / s.bands; }
@@ -190,16 +244,18 @@ template <class I> INLINE I *starts_of(const Slabs &s, I *starts, long plane) {
 template <class T> struct Unsorted {
     Entry<T> *entries;
     long n = 0;
-    Ints counts = {};
+    InRegisters<Bits<T>> counts = {};
 
-    INLINE_MEMBER void add(const Values<T> &v, int32_t position) {
-        n += append(entries + n, v, LANES + (int32_t)((uint32_t)position * IMAGES));
-        counts -= __builtin_convertvector(bits_of<T>(v) != 0, Ints);  // true is -1
+    INLINE_MEMBER void add(const InRegisters<T> &value, int32_t position) {
+        n += append(entries + n, value, places_of(1, (int32_t)((uint32_t)position * IMAGES)));
+        UNROLL for (int i = 0; i < value.N; i++) counts.v[i] -= (V<Bits<T>>)value.v[i] != 0;  // true is -1
     }
     // To out, image after image; begins[i] is where those of image i begin. `image` is the images' distance in the slab.
     template <class E> INLINE_MEMBER void sort(E *out, int32_t image, int32_t *begins) const {
         int32_t at[IMAGES];
-        for (long i = 0, total = 0; i < IMAGES; total += counts[i++]) begins[i] = at[i] = (int32_t)total;
+        Bits<T> count[IMAGES];
+        counts.store_at(count);
+        for (long i = 0, total = 0; i < IMAGES; total += count[i++]) begins[i] = at[i] = (int32_t)total;
         for (const Entry<T> *e = entries; e < entries + n; e++) {
             const uint32_t i = (uint32_t)e->position % IMAGES;
             const int32_t position = (int32_t)((uint32_t)e->position / IMAGES + i * image);
@@ -221,7 +277,6 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
     const Slabs s = *slabs;  // copies: what is written cannot change them
     const Sparsifier<T> h = *how;
     const long row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, together = s.group < IMAGES ? 1 : s.group / IMAGES;
-    const Ints lanes = LANES * (int32_t)s.image;
     RandomBits random(h.seed);
     // Side by side, although their number is not known: 8 % of the room for all values would be new lines every time.
     long n = begin * (s.capacity + IMAGES);
@@ -240,14 +295,14 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
                     return (int32_t)((block - first) * IMAGES * s.image + (r - top) * row_step + c * step);
                 };
                 if (s.group >= IMAGES) {
-                    clipped[plane] += used_values(s, h, random, dy, rows, [&](long block, long r, long c, const Values<T> &v) {
-                        n += append(entries + n, v, lanes + position(block, r, c));
+                    clipped[plane] += used_values(s, h, random, dy, rows, [&](long block, long r, long c, const InRegisters<T> &v) INLINE_MEMBER {
+                        n += append(entries + n, v, places_of((int32_t)s.image, position(block, r, c)));
                     });
                     continue;
                 }
                 Unsorted<T> found = {scratch};
                 int32_t begins[IMAGES];
-                clipped[plane] += used_values(s, h, random, dy, rows, [&](long block, long r, long c, const Values<T> &v) {
+                clipped[plane] += used_values(s, h, random, dy, rows, [&](long block, long r, long c, const InRegisters<T> &v) INLINE_MEMBER {
                     __builtin_prefetch(entries + n + found.n, 1);  // where sort() will write: 13 % of all
                     found.add(v, position(block, r, c));
                 });
@@ -328,10 +383,14 @@ void list_image(const Slabs *slabs, const T *image, long begin, long end, Entry<
             *start = n, start += s.out_channels;
             for (long r = 0; r < band_begin(s, band + 1) - band_begin(s, band); r++, row += s.out_width)
                 for (long c = 0; c < s.out_width; c += IMAGES) {
-                    Values<T> v = {};
-                    __builtin_memcpy(&v, row + c, (s.out_width - c < IMAGES ? s.out_width - c : IMAGES) * sizeof(T));
-                    v = v == 0 ? Values<T>{} : v;
-                    n += append(entries + n, v, (LANES + (int32_t)c) * (int32_t)(s.stride[1] * s.width) + (int32_t)(r * s.stride[0] * s.row));
+                    T values[IMAGES] = {};
+                    __builtin_memcpy(values, row + c, (s.out_width - c < IMAGES ? s.out_width - c : IMAGES) * sizeof(T));
+                    const auto v = InRegisters<T>::of([&](int i) INLINE_MEMBER {
+                        const V<T> here = load(values + i * Vec<T>::lanes);
+                        return here == 0 ? V<T>{} : here;
+                    });
+                    const long step = s.stride[1] * s.width;
+                    n += append(entries + n, v, places_of((int32_t)step, (int32_t)(c * step + r * s.stride[0] * s.row)));
                 }
         }
         *start = n;
@@ -347,15 +406,20 @@ void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> 
     RandomBits random(how->seed);
     for (long plane = begin; plane < end; plane++) {
         const long block = plane / slabs->out_channels, channel = plane % slabs->out_channels;
-        const Values<T> real = real_images<T>(block, slabs->images);
-        Values<T> n = {};  // exact up to 2^24 pixels
+        const auto real = real_images<T>(block, slabs->images);
+        InRegisters<Bits<T>> n = {};
         const Rows rows = {block, block + 1, channel, 0, slabs->out_height};
-        clipped[plane] = used_values(*slabs, *how, random, dy, rows, [&](long, long r, long c, const Values<T> &v) {
+        clipped[plane] = used_values(*slabs, *how, random, dy, rows, [&](long, long r, long c, const InRegisters<T> &v) INLINE_MEMBER {
             const long place = (channel * slabs->out_height + r) * slabs->out_width + c;
-            *(Values<T> *)(pixel_row(out, block, channel, r) + c * IMAGES) = how->base ? v + how->base[place] * real : v;
-            n += bits_of<T>(v) != 0 ? Values<T>{} + 1 : Values<T>{};
+            T *y = pixel_row(out, block, channel, r) + c * IMAGES;
+            UNROLL for (int i = 0; i < v.N; i++) {
+                store(y + i * v.LANES, how->base ? v.v[i] + how->base[place] * real.v[i] : v.v[i]);
+                n.v[i] -= (V<Bits<T>>)v.v[i] != 0;
+            }
         });
+        Bits<T> count[IMAGES];
+        n.store_at(count);
         counts[plane] = 0;
-        for (long i = 0; i < IMAGES; i++) counts[plane] += (int64_t)n[i];
+        for (long i = 0; i < IMAGES; i++) counts[plane] += count[i];
     }
 }

@@ -5,26 +5,24 @@
 // floats with a quarter of the channels, and spmm() multiplies quads by quads of weights as it does floats, four products
 // for one. The idea of summing four bytes at once is that of AVX-512 VNNI; without it the same sums take six instructions.
 
-template <class F> INLINE void for_pixels(Shape s, View<float> x, long plane, F f) {
-    for (long h = 0; h < s.height; h++) {
-        const float *row = pixel_row(x, plane / s.channels, plane % s.channels, h);
-        for (long w = 0; w < s.width; w++) f(*(const Values<float> *)(row + w * IMAGES));
-    }
-}
-
 static void find_range(Shape s, View<float> x, float *range, long begin, long end) {
-    Values<float> least = {}, most = {}, nan = {};
+    constexpr int L = Vec<float>::lanes;
+    V<float> least = {}, most = {}, nan = {};
+    const V<float> none = {};
     for (long plane = begin; plane < end; plane++) {
-        const Values<float> real = real_images<float>(plane / s.channels, s.images), none = {};
-        const auto there = real > 0;
-        for_pixels(s, x, plane, [&](const Values<float> &value) {
-            const Values<float> v = there ? value : none;
-            least = v < least ? v : least, most = v > most ? v : most;
-            nan += v * 0;
-        });
+        const auto real = real_images<float>(plane / s.channels, s.images);
+        for (long h = 0; h < s.height; h++) {
+            const float *row = pixel_row(x, plane / s.channels, plane % s.channels, h);
+            for (long w = 0; w < s.width; w++)
+                UNROLL for (int i = 0; i < real.N; i++) {
+                    const V<float> v = real.v[i] > 0 ? load(row + w * IMAGES + i * L) : none;
+                    least = v < least ? v : least, most = v > most ? v : most;
+                    nan += v * 0;
+                }
+        }
     }
     range[0] = range[1] = range[2] = 0;
-    for (long i = 0; i < IMAGES; i++) {
+    for (long i = 0; i < L; i++) {
         range[0] = least[i] < range[0] ? least[i] : range[0];
         range[1] = most[i] > range[1] ? most[i] : range[1];
         range[2] += nan[i];
@@ -32,12 +30,12 @@ static void find_range(Shape s, View<float> x, float *range, long begin, long en
 }
 
 // Bytes as whole numbers of 32 bits: the nearest to v * inverse + zero.
-INLINE Ints to_bytes(const Values<float> &v, float inverse, int zero) {
+INLINE V<int32_t> to_bytes(V<float> v, float inverse, int zero) {
     const float WHOLE = 12582912;  // 1.5 * 2^23: the lowest bits of a sum with it are the nearest whole number
-    Values<float> scaled = v * inverse;
-    scaled = scaled < (float)-zero ? Values<float>{} - (float)zero : scaled;
-    scaled = scaled > (float)(255 - zero) ? Values<float>{} + (float)(255 - zero) : scaled;
-    return (Ints)(scaled + (WHOLE + (float)zero)) & 255;
+    V<float> scaled = v * inverse;
+    scaled = scaled < (float)-zero ? V<float>{} - (float)zero : scaled;
+    scaled = scaled > (float)(255 - zero) ? V<float>{} + (float)(255 - zero) : scaled;
+    return (V<int32_t>)(scaled + (WHOLE + (float)zero)) & 255;
 }
 
 // A byte a channel; those past the last are `zero`, as is the halo.
@@ -45,9 +43,9 @@ static void to_quads(Shape s, View<float> x, View<int32_t> quads, long halo_rows
                      long begin, long end) {
     FlushToZero flush;
     const long planes = (s.channels + 3) / 4;
-    const Ints none = Ints{} + (int32_t)((uint32_t)zero * 0x01010101u);
+    const int32_t none = (int32_t)((uint32_t)zero * 0x01010101u);
     const auto fill = [=](int32_t *out, long pixels) {
-        for (long w = 0; w < pixels; w++) __builtin_memcpy(out + w * IMAGES, &none, sizeof none);
+        for (long i = 0; i < pixels * IMAGES; i++) out[i] = none;
     };
     for (long plane = begin; plane < end; plane++) {
         const long b = plane / planes, q = plane % planes, real = s.channels - 4 * q < 4 ? s.channels - 4 * q : 4;
@@ -60,15 +58,14 @@ static void to_quads(Shape s, View<float> x, View<int32_t> quads, long halo_rows
             fill(out - halo_columns * IMAGES, halo_columns), fill(out + s.width * IMAGES, halo_columns);
             const float *in[4];
             for (long i = 0; i < 4; i++) in[i] = pixel_row(x, b, 4 * q + (i < real ? i : 0), h);
-            for (long w = 0; w < s.width; w++) {
-                Ints bytes = {};
-                UNROLL for (int i = 0; i < 4; i++)
-                    bytes |= to_bytes(*(const Values<float> *)(in[i] + w * IMAGES), inverse, zero) << 8 * i;
-                __builtin_memcpy(out + w * IMAGES, &bytes, sizeof bytes);
+            for (long p = 0; p < s.width * IMAGES; p += Vec<float>::lanes) {
+                V<int32_t> bytes = {};
+                UNROLL for (int i = 0; i < 4; i++) bytes |= to_bytes(load(in[i] + p), inverse, zero) << 8 * i;
+                store(out + p, bytes);
             }
             if (real < 4) {
                 const int32_t kept = (1 << 8 * real) - 1;
-                for (long i = 0; i < s.width * IMAGES; i++) out[i] = (out[i] & kept) | (none[0] & ~kept);
+                for (long i = 0; i < s.width * IMAGES; i++) out[i] = (out[i] & kept) | (none & ~kept);
             }
         }
     }
@@ -89,23 +86,24 @@ static void from_quads(Shape s, View<int32_t> quads, View<float> x, float scale,
 
 static void round_weights(long begin, long end, const int32_t *indptr, const int32_t *place, const float *weights, float inverse,
                           int8_t *levels, int8_t *quads, int32_t *sums) {
-    typedef int8_t Bytes __attribute__((vector_size(IMAGES)));
+    constexpr int L = Vec<float>::lanes;
+    typedef int8_t Bytes __attribute__((vector_size(L)));
     for (long row = begin; row < end; row++) {
         const long first = indptr[row], stop = indptr[row + 1];
-        Ints sum = {};
-        for (long i = first; i < stop; i += IMAGES) {
-            const long n = stop - i < IMAGES ? stop - i : IMAGES;
-            Values<float> w = {};
-            __builtin_memcpy(&w, weights + i, n == IMAGES ? sizeof w : n * sizeof(float));
-            const Ints level = to_bytes(w, inverse, 128) - 128;
+        V<int32_t> sum = {};
+        for (long i = first; i < stop; i += L) {
+            const long n = stop - i < L ? stop - i : L;
+            V<float> w = {};
+            __builtin_memcpy(&w, weights + i, n == L ? sizeof w : n * sizeof(float));
+            const V<int32_t> level = to_bytes(w, inverse, 128) - 128;
             const Bytes bytes = __builtin_convertvector(level, Bytes);
-            __builtin_memcpy(levels + i, &bytes, n == IMAGES ? sizeof bytes : n);
+            __builtin_memcpy(levels + i, &bytes, n == L ? sizeof bytes : n);
             sum += level;
         }
         if (place)
             for (long i = first; i < stop; i++) quads[place[i]] = levels[i];
         sums[row] = 0;
-        for (long i = 0; i < IMAGES; i++) sums[row] += sum[i];
+        for (long i = 0; i < L; i++) sums[row] += sum[i];
     }
 }
 

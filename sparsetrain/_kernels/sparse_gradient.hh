@@ -103,7 +103,7 @@ INLINE void write_slab(const Slabs &s, View<Result<T>> dx, Result<T> scale, long
                     continue;
                 }
             const R *shared = base.data ? pixel_row(base, 0, channel, h) : nullptr;
-            const Values<R> real = real_images<R>(first + b, s.images);
+            const auto real = real_images<R>(first + b, s.images);
             for (long c = 0; c < s.width; c += L)
                 for (long w = 0; w < s.in_width; w++)
                     for (long lane = 0; lane < IMAGES; lane += L) {
@@ -114,7 +114,7 @@ INLINE void write_slab(const Slabs &s, View<Result<T>> dx, Result<T> scale, long
                             if (c + i >= channels) continue;
                             R *y = out + (c + i) * dx.channel + w * IMAGES + lane;
                             V<R> d = __builtin_convertvector(v[i], V<R>) * scale;
-                            if (shared) d += shared[(c + i) * base.channel + w] * load((const R *)&real + lane);
+                            if (shared) d += shared[(c + i) * base.channel + w] * real.v[lane / L];
                             store(y, accumulate ? load(y) + d : d);
                         }
                     }
