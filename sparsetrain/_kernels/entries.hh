@@ -33,13 +33,14 @@ struct RandomBits {
     explicit RandomBits(uint64_t seed) : lo((uint32_t)seed), hi((uint32_t)(seed >> 32)) {
         for (long &block : blocks) block = -1;
     }
+    static INLINE_MEMBER Hashes numbers_from(uint32_t n) { return *(const Hashes *)LANE_NUMBERS + n; }
     INLINE_MEMBER const Hashes &key(long block) {
         const long i = block % BLOCKS;
-        if (blocks[i] != block) blocks[i] = block, keys[i] = mix(mix(*(const Hashes *)LANE_NUMBERS + (uint32_t)(block * IMAGES) + lo) ^ hi);
+        if (blocks[i] != block) blocks[i] = block, keys[i] = mix(mix(numbers_from((uint32_t)(block * IMAGES) + lo)) ^ hi);
         return keys[i];
     }
     INLINE_MEMBER uint32_t place(long i) {
-        if (i / IMAGES != first) first = i / IMAGES, *(Hashes *)places = mix(*(const Hashes *)LANE_NUMBERS + (uint32_t)(first * IMAGES));
+        if (i / IMAGES != first) first = i / IMAGES, *(Hashes *)places = mix(numbers_from((uint32_t)(first * IMAGES)));
         return places[i % IMAGES];
     }
 };
@@ -79,11 +80,9 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &ra
                 }
             }
         }
-        V<T> all = clipped[0];
-        UNROLL for (int i = 1; i < Sixteen::N; i++) all += clipped[i];
-        double n = 0;
-        for (int i = 0; limit && i < L; i++) n += all[i];
-        return (long)n;
+        long n = 0;
+        for (int i = 0; limit && i < IMAGES; i++) n += (long)clipped[i / L][i % L];
+        return n;
     }
     for (long block = rows.first_block; block < rows.end_block; block++) {
         const auto real = real_images<T>(block, s.images);
