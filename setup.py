@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
@@ -10,6 +11,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
+from setuptools.modified import newer_group
 
 HERE = "sparsetrain/_kernels"
 # Fused multiply-adds wherever the hardware has them. Never -ffast-math (a library built with it turns
@@ -26,34 +28,43 @@ if "avx512" in ISAS:
 
 
 class BuildKernels(build_ext):
-    """Compiles kernels.cc and int8.cc once per instruction set and links every copy in."""
+    """Compiles kernels.cc and int8.cc once per instruction set, unless that is up to date, and links every copy in."""
 
     def build_extension(self, ext):
-        def compiled(file, isa, flags):
-            return self.compiler.compile(
-                [f"{HERE}/{file}"],
-                output_dir=f"{self.build_temp}/{isa}",
-                macros=[("ISA", isa)],
-                extra_postargs=CXXFLAGS + flags,
-                depends=ext.depends,
-            )
+        command = " ".join([*self.compiler.compiler_so_cxx, *CXXFLAGS])  # with $CXX, $CFLAGS and $CXXFLAGS
+        folder = f"{self.build_temp}/{zlib.crc32(command.encode()):08x}"
 
-        copies = [("kernels.cc", *isa) for isa in ISAS.items()] + [("int8.cc", *isa) for isa in INT8_ISAS.items()]
+        def compiled(file, isa, flags):
+            source, out = [f"{HERE}/{file}"], f"{folder}/{isa}"
+            objects = self.compiler.object_filenames(source, output_dir=out)
+            if self.force or newer_group(KERNEL_FILES, objects[0]):
+                self.compiler.compile(source, out, macros=[("ISA", isa)], extra_postargs=CXXFLAGS + flags)
+            return objects
+
+        # What takes longest first, so that all cores have work until the end.
+        copies = [("kernels.cc", *isa) for isa in reversed(ISAS.items())]
+        copies += [("int8.cc", *isa) for isa in reversed(INT8_ISAS.items())]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for objects in pool.map(lambda copy: compiled(*copy), copies):
                     ext.extra_objects += objects
+                    ext.depends += objects
             super().build_extension(ext)
         except CCompilerError as error:
             sys.exit(f"sparsetrain needs a C++20 compiler with OpenMP (g++ >= 11, or clang++ with libomp): {error}")
 
 
+def files(*ends):
+    return [path for end in ends for path in glob(f"{HERE}/*.{end}")]
+
+
+KERNEL_FILES = [*files("cc", "hh"), "setup.py"]
 core = Extension(
     "sparsetrain._kernels.core",
     [f"{HERE}/core.pyx"],
     language="c++",
     include_dirs=[HERE],
-    depends=[path for end in ("cc", "hh", "pyx", "pxi", "pxd") for path in glob(f"{HERE}/*.{end}")],
+    depends=[*KERNEL_FILES, *files("pyx", "pxi", "pxd")],
     extra_compile_args=["-std=c++20", "-O2", *OPENMP],
     extra_link_args=OPENMP,
 )
