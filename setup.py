@@ -3,9 +3,9 @@
 import os
 import platform
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -31,13 +31,17 @@ class BuildKernels(build_ext):
     """Compiles kernels.cc and int8.cc once per instruction set, unless that is up to date, and links every copy in."""
 
     def build_extension(self, ext):
-        command = " ".join([*self.compiler.compiler_so_cxx, *CXXFLAGS])  # with $CXX, $CFLAGS and $CXXFLAGS
-        folder = f"{self.build_temp}/{zlib.crc32(command.encode()):08x}"
+        # Written anew where $CXX, $CFLAGS or $CXXFLAGS is another one.
+        command, last = " ".join(self.compiler.compiler_so_cxx), Path(self.build_temp, "command")
+        if not last.exists() or last.read_text() != command:
+            last.parent.mkdir(parents=True, exist_ok=True)
+            last.write_text(command)
+        ext.depends.append(str(last))
 
         def compiled(file, isa, flags):
-            source, out = [f"{HERE}/{file}"], f"{folder}/{isa}"
+            source, out = [f"{HERE}/{file}"], f"{self.build_temp}/{isa}"
             objects = self.compiler.object_filenames(source, output_dir=out)
-            if self.force or newer_group(KERNEL_FILES, objects[0]):
+            if self.force or newer_group([*KERNEL_FILES, str(last)], objects[0]):
                 self.compiler.compile(source, out, macros=[("ISA", isa)], extra_postargs=CXXFLAGS + flags)
             return objects
 
@@ -48,7 +52,6 @@ class BuildKernels(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for objects in pool.map(lambda copy: compiled(*copy), copies):
                     ext.extra_objects += objects
-                    ext.depends += objects
             super().build_extension(ext)
         except CCompilerError as error:
             sys.exit(f"sparsetrain needs a C++20 compiler with OpenMP (g++ >= 11, or clang++ with libomp): {error}")
