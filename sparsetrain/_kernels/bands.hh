@@ -36,21 +36,26 @@ template <class T> INLINE Band own_rows(const Bands<T> &a, const Band &b) {
 // relu(x scale + shift + added) of the lines that stand for rows of x, and those of them that are `own` to `keep` too.
 template <class T> void form_x(const Bands<T> &a, const Band &rows, const Band &own, T *lines, Ahead<T> &ahead) {
     const long width = a.x_shape.width * IMAGES;
+    const V<T> low = lowest<T>(a.relu);
     for (long c = 0; c < a.x_shape.channels; c++) {
         const T scale = a.scale[c], shift = a.shift[c];
         fill_lines(lines + c * a.x_channel, rows, a.x_row, a.padding[1] * IMAGES, a.x_shape, [&](T *out, long h) {
             ahead.fetch_in_pass();
             const T *x = pixel_row(a.raw, rows.block, c, h);
             T *keep = a.keep.data && h >= own.first && h < own.last ? pixel_row(a.keep, rows.block, c, h) : nullptr;
-            with_number(a.added.n, [&](auto n) {
-                const AddedRow<T, n.value> added(a.added, rows.block, c, h);
-                for_row<T>(width, EACH {
-                    const V<T> v = relu_if<T>(a.relu, added.plus(load(x + i) * scale + shift, i));
-                    store(out + i, v);
-                    if (keep && a.keep_far) store_past_cache(keep + i, v);
-                    else if (keep) store(keep + i, v);
+            const auto form = [&](auto store_kept) {
+                with_number(a.added.n, [&](auto n) {
+                    const AddedRow<T, n.value> added(a.added, rows.block, c, h);
+                    for_row<T>(width, EACH {
+                        const V<T> v = at_least<T>(low, added.plus(load(x + i) * scale + shift, i));
+                        store(out + i, v);
+                        store_kept(i, v);
+                    });
                 });
-            });
+            };
+            if (!keep) form([](long, V<T>) INLINE_MEMBER {});
+            else if (a.keep_far) form([=](long i, V<T> v) INLINE_MEMBER { store_past_cache(keep + i, v); });
+            else form([=](long i, V<T> v) INLINE_MEMBER { store(keep + i, v); });
         });
     }
 }
@@ -110,20 +115,27 @@ template <class T> void mask_and_sum(const Bands<T> &a, const Band &b, double *s
         for_channel<T>({1, 1, b.last - b.first, s.width, 0}, [&](long, long h) {
             ahead.fetch_in_pass();
             const T *x = pixel_row(a.raw, b.block, c, b.first + h);
-            const T *y = a.formed.data ? pixel_row(a.formed, b.block, c, b.first + h) : nullptr;
             T *g = pixel_row(a.dx, b.block, c, b.first + h);
-            with_number(a.relu && !y ? a.added.n : 0, [&](auto n) {
-                const AddedRow<T, n.value> added(a.added, b.block, c, b.first + h);
+            const auto add = [&](auto gradient) {
                 for_row<T>(s.width * IMAGES, EACH {
-                    const V<T> v = load(x + i);
-                    V<T> d = load(g + i);
-                    if (a.relu) {
-                        d = (y ? load(y + i) : added.plus(v * scale + shift, i)) <= 0 ? V<T>{} : d;
-                        store(g + i, d);
-                    }
+                    const V<T> v = load(x + i), d = gradient(i, v);
                     sg.v[k] += d, sgx.v[k] += d * (v - mean);
                 });
-            });
+            };
+            const auto mask = [=](long i, V<T> y) INLINE_MEMBER {
+                const V<T> d = y <= 0 ? V<T>{} : load(g + i);
+                store(g + i, d);
+                return d;
+            };
+            if (!a.relu) add([=](long i, V<T>) INLINE_MEMBER { return load(g + i); });
+            else if (a.formed.data) {
+                const T *y = pixel_row(a.formed, b.block, c, b.first + h);
+                add([=](long i, V<T>) INLINE_MEMBER { return mask(i, load(y + i)); });
+            } else
+                with_number(a.added.n, [&](auto n) {
+                    const AddedRow<T, n.value> added(a.added, b.block, c, b.first + h);
+                    add([&](long i, V<T> v) INLINE_MEMBER { return mask(i, added.plus(v * scale + shift, i)); });
+                });
         }, [&] { sg.flush(), sgx.flush(); });
         sums[0] += sg.total, sums[1] += sgx.total;
     }

@@ -56,22 +56,22 @@ template <class T, class F, class G> INLINE void for_channel(const Shape &s, F f
     flush();
 }
 
-template <class T> INLINE V<T> relu_if(bool relu, V<T> v) { return relu ? (v < 0 ? V<T>{} : v) : v; }
+// What lies below `low` becomes it, NaN stays: with lowest() a ReLU, or nothing, in one instruction and without a branch.
+template <class T> INLINE V<T> at_least(V<T> low, V<T> v) { return v < low ? low : v; }
+template <class T> INLINE V<T> lowest(bool relu) { return splat(relu ? T(0) : -T(__builtin_inf())); }
 
 // A row of what is added to a map, N terms.
 template <class T, int N> struct AddedRow {
     struct Term {
         const T *x;
-        bool is_norm, relu;
-        T scale, shift;
+        V<T> scale, shift, low;
     } terms[N ? N : 1];
 
     AddedRow(const Added<T> &a, long block, long c, long row) {
         UNROLL for (int t = 0; t < N; t++) {
             const auto &from = a.terms[t];
-            Term &to = terms[t];
-            to.x = pixel_row(from.x, block, c, row), to.is_norm = from.scale, to.relu = from.relu;
-            if (from.scale) to.scale = from.scale[c], to.shift = from.shift[c];
+            terms[t] = {pixel_row(from.x, block, c, row), splat(from.scale ? from.scale[c] : T(1)),
+                        splat(from.scale ? from.shift[c] : T(0)), lowest<T>(from.relu)};
         }
     }
     // v and the elements i of the row
@@ -79,10 +79,9 @@ template <class T, int N> struct AddedRow {
         V<T> sum{};
         UNROLL for (int t = N - 1; t >= 0; t--) {
             const Term &term = terms[t];
-            V<T> u = load(term.x + i);
-            if (term.is_norm) u = u * term.scale + term.shift;
+            V<T> u = load(term.x + i) * term.scale + term.shift;
             if (t < N - 1) u += sum;
-            sum = relu_if<T>(term.relu, u);
+            sum = at_least<T>(term.low, u);
         }
         return N ? v + sum : v;
     }
@@ -119,6 +118,7 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
         }
         const double inverse = 1 / __builtin_sqrt(a->var[c] + a->eps);
         const T scale = T(a->gamma[c] * inverse), shift = a->beta[c] - a->mean[c] * scale;
+        const V<T> low = lowest<T>(a->relu);
         for (long b = 0; b < s.blocks; b++)
             for (long h = 0; h < s.height; h++) {
                 const T *x = pixel_row(a->x, b, c, h);
@@ -126,7 +126,7 @@ template <class T> void batch_norm(const BatchNorm<T> *a, long begin, long end) 
                 with_number(a->added.n, [&](auto n) {
                     const AddedRow<T, n.value> added(a->added, b, c, h);
                     for_row<T>(width, EACH {
-                        store(y + i, relu_if<T>(a->relu, added.plus(load(x + i) * scale + shift, i)));
+                        store(y + i, at_least<T>(low, added.plus(load(x + i) * scale + shift, i)));
                     });
                 });
             }
@@ -143,18 +143,24 @@ template <class T> void batch_norm_backward(const BatchNorm<T> *a, long begin, l
         const T mean = a->mean[c];
         const double inverse = 1 / __builtin_sqrt(a->var[c] + a->eps);
         const T scale = T(a->gamma[c] * inverse), shift = a->beta[c] - mean * scale;
-        // Where ReLU let pass: from y if something was added, else formed again from x, which is read anyway.
-        const bool from_y = a->relu && a->y.data, from_x = a->relu && !a->y.data;
+        // Where ReLU let pass: where y is more than this, or, without a ReLU, anywhere. y is read if something was added,
+        // else formed again from x, which is read anyway.
+        const V<T> closed = splat(a->relu ? T(0) : T(__builtin_nan("")));
+        const auto with_y = [&](long b, long h, auto f) __attribute__((always_inline)) {
+            if (a->relu && a->y.data) {
+                const T *y = pixel_row(a->y, b, c, h);
+                f([=](long i, V<T>) INLINE_MEMBER { return load(y + i); });
+            } else
+                f([=](long, V<T> x) INLINE_MEMBER { return x * scale + shift; });
+        };
         Sum<T> sg, sgx;
         for_channel<T>(s, [&](long b, long h) {
             const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h);
-            const T *y = from_y ? pixel_row(a->y, b, c, h) : nullptr;
-            for_row<T>(width, EACH {
-                const V<T> v = load(x + i);
-                V<T> g = load(dy + i);
-                if (from_y) g = load(y + i) <= 0 ? V<T>{} : g;
-                if (from_x) g = v * scale + shift <= 0 ? V<T>{} : g;
-                sg.v[k] += g, sgx.v[k] += g * (v - mean);
+            with_y(b, h, [&](auto y) __attribute__((always_inline)) {
+                for_row<T>(width, EACH {
+                    const V<T> v = load(x + i), g = y(i, v) <= closed ? V<T>{} : load(dy + i);
+                    sg.v[k] += g, sgx.v[k] += g * (v - mean);
+                });
             });
         }, [&] { sg.flush(), sgx.flush(); });
         a->dbeta[c] += T(sg.total), a->dgamma[c] += T(sgx.total * inverse);
@@ -164,15 +170,13 @@ template <class T> void batch_norm_backward(const BatchNorm<T> *a, long begin, l
             for (long h = 0; h < s.height; h++) {
                 const T *x = pixel_row(a->x, b, c, h), *dy = pixel_row(a->dy, b, c, h);
                 const InLanes<T> in(lanes[b]);
-                const T *y = from_y ? pixel_row(a->y, b, c, h) : nullptr;
                 T *dx = pixel_row(a->dx, b, c, h), *dadd = a->dadd.data ? pixel_row(a->dadd, b, c, h) : nullptr;
-                for_row<T>(width, EACH {
-                    const V<T> v = load(x + i);
-                    V<T> g = load(dy + i);
-                    if (from_y) g = load(y + i) <= 0 ? V<T>{} : g;
-                    if (from_x) g = v * scale + shift <= 0 ? V<T>{} : g;
-                    if (dadd) store(dadd + i, g);
-                    store(dx + i, scale * (g - mean_g - (v - mean) * slope) * in[k]);
+                with_y(b, h, [&](auto y) __attribute__((always_inline)) {
+                    for_row<T>(width, EACH {
+                        const V<T> v = load(x + i), g = y(i, v) <= closed ? V<T>{} : load(dy + i);
+                        if (dadd) store(dadd + i, g);
+                        store(dx + i, scale * (g - mean_g - (v - mean) * slope) * in[k]);
+                    });
                 });
             }
     }

@@ -14,15 +14,13 @@ template <class T> INLINE V<T> greater(V<T> best, V<T> v) { return ((best >= v) 
 // A row of what is pooled, a register at a time.
 template <class T, bool FORMED> struct PooledRow {
     const T *x;
-    T scale, shift;
-    bool relu;
+    V<T> scale, shift, low;
     PooledRow(const MaxPool<T> &a, long b, long c, long row) : x(pixel_row(a.x, b, c, row)) {
-        if (!FORMED) return;
-        scale = a.scale[c], shift = a.shift[c], relu = a.relu;
+        if (FORMED) scale = splat(a.scale[c]), shift = splat(a.shift[c]), low = lowest<T>(a.relu);
     }
     INLINE_MEMBER V<T> operator[](long i) const {
         const V<T> v = load(x + i);
-        return FORMED ? relu_if<T>(relu, v * scale + shift) : v;
+        return FORMED ? at_least<T>(low, v * scale + shift) : v;
     }
 };
 
