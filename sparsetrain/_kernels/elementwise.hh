@@ -75,29 +75,63 @@ template <class T> void copy(Shape s, View<T> x, View<T> y, long begin, long end
     }, x, y);
 }
 
-// A random number of an element is a hash of its place in (images, channels, height, width) and the seed:
-// nothing is stored for the backward pass, and no thread or lane order matters. The mixer is MurmurHash3's
-// 32-bit finaliser (A. Appleby, public domain), run twice.
-template <class U> INLINE U mix(U h) {
+// The mixer is MurmurHash3's 32-bit finaliser (A. Appleby, public domain).
+typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t)), may_alias));
+INLINE Hashes mix(Hashes h) {
     h ^= h >> 16, h *= 0x85ebca6bu;
     h ^= h >> 13, h *= 0xc2b2ae35u;
     return h ^ h >> 16;
 }
+
+// A random number is a hash of the seed, the image and the place in it: nothing is stored for the backward pass, and no order
+// of threads or lanes matters. The hashes of some blocks of images, and of 16 places, are kept: small maps would form them for
+// few values each. Linear layers (batch 128) compress in 0.7 of the time so.
+struct RandomNumbers {
+    static constexpr long BLOCKS = 16;
+    alignas(64) uint32_t places[IMAGES];
+    Hashes keys[BLOCKS];
+    long first = -1, blocks[BLOCKS];
+    const uint32_t lo, hi;
+
+    explicit RandomNumbers(uint64_t seed) : lo((uint32_t)seed), hi((uint32_t)(seed >> 32)) {
+        for (long &block : blocks) block = -1;
+    }
+    static INLINE_MEMBER Hashes numbers_from(uint32_t n) { return *(const Hashes *)LANE_NUMBERS + n; }
+    INLINE_MEMBER const Hashes &key(long block) {
+        const long i = block % BLOCKS;
+        if (blocks[i] != block) blocks[i] = block, keys[i] = mix(mix(numbers_from((uint32_t)(block * IMAGES) + lo)) ^ hi);
+        return keys[i];
+    }
+    INLINE_MEMBER uint32_t place(long i) {
+        if (i / IMAGES != first) first = i / IMAGES, *(Hashes *)places = mix(numbers_from((uint32_t)(first * IMAGES)));
+        return places[i % IMAGES];
+    }
+    // Those of a block's images at a place, multiples of 2^-24 from 0 to below 1.
+    template <class T> INLINE_MEMBER InRegisters<T> numbers(const Hashes &key, long i) {
+        constexpr int L = Vec<T>::lanes;
+        typedef int32_t whole __attribute__((vector_size(L * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
+        const Hashes hash = mix(key ^ place(i)) >> 8;
+        return InRegisters<T>::of([&](int k) INLINE_MEMBER {
+            return __builtin_convertvector(((const whole *)&hash)[k], V<T>) * T(0x1p-24);
+        });
+    }
+};
+
 template <class T>
 void dropout(Shape s, View<T> x, View<T> y, double keep, uint64_t seed, long begin, long end) {
     FlushToZero flush;
-    const uint32_t lo = (uint32_t)seed, hi = (uint32_t)(seed >> 32);
-    const uint64_t below = (uint64_t)(keep * 4294967296.0);
-    const T scale = keep > 0 ? T(1 / keep) : T(0);
+    constexpr int L = Vec<T>::lanes;
+    RandomNumbers random(seed);
+    const T below = T(keep), scale = keep > 0 ? T(1 / keep) : T(0);
     for_rows(s, begin, end, [&](long b, long c, long h, long) {
         const T *xr = pixel_row(x, b, c, h);
         T *yr = pixel_row(y, b, c, h);
-        for (long w = 0; w < s.width; w++)
-            for (long i = 0; i < IMAGES; i++) {
-                const uint64_t place = (((b * IMAGES + i) * s.channels + c) * s.height + h) * s.width + w;
-                const uint32_t random = mix(mix((uint32_t)place + lo) ^ (uint32_t)(place >> 32) ^ hi);
-                yr[w * IMAGES + i] = random < below ? xr[w * IMAGES + i] * scale : T(0);
-            }
+        const Hashes key = random.key(b);
+        for (long w = 0; w < s.width; w++, xr += IMAGES, yr += IMAGES) {
+            const auto number = random.numbers<T>(key, (c * s.height + h) * s.width + w);
+            UNROLL for (int i = 0; i < number.N; i++)
+                store(yr + i * L, number.v[i] < below ? load(xr + i * L) * scale : V<T>{});
+        }
     });
 }
 

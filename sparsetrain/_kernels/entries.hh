@@ -1,7 +1,6 @@
 // The values of an output gradient that a method uses, found in one pass and kept as lists of entries (value, position): what
 // sparse_gradient.hh multiplies.
 
-typedef uint32_t Hashes __attribute__((vector_size(IMAGES * sizeof(uint32_t)), may_alias));
 template <class T> struct Patterns { typedef int32_t type; };
 template <> struct Patterns<double> { typedef int64_t type; };
 // The bits of values: none is set in +0, one in -0.
@@ -21,43 +20,18 @@ template <class T> INLINE V<T> round_down(V<T> v) {
 #endif
 }
 
-// A random number is a hash of the seed, the image and the place in it, as in dropout(). The hashes of some blocks of images, and
-// of 16 places, are kept: small maps would form them for few values each. Linear layers (batch 128) compress in 0.7 of the time so.
-struct RandomBits {
-    static constexpr long BLOCKS = 16;
-    alignas(64) uint32_t places[IMAGES];
-    Hashes keys[BLOCKS];
-    long first = -1, blocks[BLOCKS];
-    const uint32_t lo, hi;
-
-    explicit RandomBits(uint64_t seed) : lo((uint32_t)seed), hi((uint32_t)(seed >> 32)) {
-        for (long &block : blocks) block = -1;
-    }
-    static INLINE_MEMBER Hashes numbers_from(uint32_t n) { return *(const Hashes *)LANE_NUMBERS + n; }
-    INLINE_MEMBER const Hashes &key(long block) {
-        const long i = block % BLOCKS;
-        if (blocks[i] != block) blocks[i] = block, keys[i] = mix(mix(numbers_from((uint32_t)(block * IMAGES) + lo)) ^ hi);
-        return keys[i];
-    }
-    INLINE_MEMBER uint32_t place(long i) {
-        if (i / IMAGES != first) first = i / IMAGES, *(Hashes *)places = mix(numbers_from((uint32_t)(first * IMAGES)));
-        return places[i % IMAGES];
-    }
-};
-
 // Rows [begin, end) of a channel of some blocks of images.
 struct Rows { long first_block, end_block, channel, begin, end; };
 
 // Calls f(block, row, column, the 16 values that are used) for their pixels; returns how many were clipped. +0 is not used;
 // where pixels are chosen a zero among them is -0.
 template <class T, class F>
-INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &random, View<T> dy, const Rows &rows, F f) {
+INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomNumbers &random, View<T> dy, const Rows &rows, F f) {
     typedef InRegisters<T> Sixteen;
     constexpr int L = Sixteen::LANES;
     const long width = s.out_width, first = rows.channel * s.out_height * width;
     const V<T> zero = {};
     if (how.kind == DITHER) {
-        typedef int32_t whole __attribute__((vector_size(L * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
         const T unit_out = how.unit, inverse = 1 / how.step, limit = (T)how.limit;
         V<T> clipped[Sixteen::N] = {};  // exact up to 2^24 pixels of all blocks
         for (long block = rows.first_block; block < rows.end_block; block++) {
@@ -65,10 +39,9 @@ INLINE long used_values(const Slabs &s, const Sparsifier<T> &how, RandomBits &ra
             for (long r = rows.begin; r < rows.end; r++) {
                 const T *g = pixel_row(dy, block, rows.channel, r);
                 for (long c = 0; c < width; c++) {
-                    const Hashes hash = mix(key ^ random.place(first + r * width + c)) >> 8;
+                    const auto below_one = random.numbers<T>(key, first + r * width + c);
                     f(block, r, c, Sixteen::of([&](int i) INLINE_MEMBER {
-                        const V<T> unit = __builtin_convertvector(((const whole *)&hash)[i], V<T>) * T(0x1p-24);
-                        V<T> q = round_down<T>(load(g + c * IMAGES + i * L) * inverse + unit);
+                        V<T> q = round_down<T>(load(g + c * IMAGES + i * L) * inverse + below_one.v[i]);
                         if (limit) {
                             const V<T> before = q;
                             q = q < -limit ? zero - limit : q;
@@ -276,7 +249,7 @@ void compress(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, long beg
     const Slabs s = *slabs;  // copies: what is written cannot change them
     const Sparsifier<T> h = *how;
     const long row_step = s.stride[0] * s.row, step = s.stride[1] * s.width, together = s.group < IMAGES ? 1 : s.group / IMAGES;
-    RandomBits random(h.seed);
+    RandomNumbers random(h.seed);
     // Side by side, although their number is not known: 8 % of the room for all values would be new lines every time.
     long n = begin * (s.capacity + IMAGES);
     for (long plane = begin; plane < end; plane++) {
@@ -402,7 +375,7 @@ template <class T>
 void sparsify(const Slabs *slabs, const Sparsifier<T> *how, View<T> dy, View<T> out, long begin, long end, int64_t *counts,
               int64_t *clipped) {
     FlushToZero flush;
-    RandomBits random(how->seed);
+    RandomNumbers random(how->seed);
     for (long plane = begin; plane < end; plane++) {
         const long block = plane / slabs->out_channels, channel = plane % slabs->out_channels;
         const auto real = real_images<T>(block, slabs->images);
