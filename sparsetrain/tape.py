@@ -18,7 +18,7 @@ _AGAIN = frozenset((
     "add", "avg_pool", "avg_pool_backward", "batch_norm", "batch_norm_backward", "batch_norm_line", "bias_grad",
     "collect_values", "conv_bands", "conv_bands_backward", "copy", "linear_gradient", "max_pool", "max_pool_backward",
     "norm_gradient_sums", "norm_parameter_gradients", "relu", "relu_backward", "sddmm", "spmm", "spread_values",
-    "track_moments",
+    "track_moments", "transpose_weights",
 ))  # fmt: skip
 _ASKS = frozenset((
     "available_isas", "get_isa", "get_num_threads", "get_vnni", "looked_at", "tile_limits", "vector_lanes",

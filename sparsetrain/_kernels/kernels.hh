@@ -194,6 +194,9 @@ template <class T> struct Kernels {
     // grad[row] (+)= the sum over images of dy[row, image] x[image], for the rows [begin, end) and some of these groups
     void (*linear_gradient)(long begin, long end, long first_group, long last_group, long blocks, long features,
                             const T *packed, View<T> dy, T *grad, bool accumulate);
+    // transposed[input, output, i] = weights[output, input, used[i]], for the inputs [begin, end)
+    void (*transpose_weights)(long begin, long end, long outputs, long inputs, long taps, const int32_t *used, long n_used,
+                              const T *weights, T *transposed);
     // dense[place[i]] = values[i], and back: values[i] (+)= dense[place[i]]
     void (*spread_values)(long begin, long end, const int32_t *place, const T *values, T *dense);
     void (*collect_values)(long begin, long end, const int32_t *place, const T *dense, T *values, bool accumulate);

@@ -144,6 +144,7 @@ cdef extern from "dispatch.hh" nogil:
     void add_parts[T](long, long, long, long, const T *, T *, bint)
     void pack_features[T](long, long, long, long, View[T], T *)
     void linear_gradient[T](long, long, long, long, long, long, const T *, View[T], T *, bint)
+    void transpose_weights[T](long, long, long, long, long, const int32_t *, long, const T *, T *)
     void spread_values[T](long, long, const int32_t *, const T *, T *)
     void collect_values[T](long, long, const int32_t *, const T *, T *, bint)
     void compress[T](const Slabs *, const Sparsifier[T] *, View[T], long, long, Entry[T] *, int64_t *, int64_t *, Entry[T] *)

@@ -456,6 +456,30 @@ void add_parts(long begin, long end, long n, long parts, const T *dvalues, T *gr
     }
 }
 
+// Weights (outputs, inputs, taps) with inputs before outputs and only some of their taps, for inputs [begin, end).
+template <class T>
+void transpose_weights(long begin, long end, long outputs, long inputs, long taps, const int32_t *used, long n_used,
+                       const T *weights, T *transposed) {
+    constexpr int L = Vec<T>::lanes;
+    long c = begin, o = 0;
+    // Lines of 16 weights at a time: rows that are a multiple of 4 KB long push each other out of the caches.
+    for (; taps == 1 && c + IMAGES <= end; c += IMAGES) {
+        for (o = 0; o + L <= outputs; o += L)
+            for (long i = c; i < c + IMAGES; i += L) {
+                V<T> v[L];
+                UNROLL for (int k = 0; k < L; k++) v[k] = load(weights + (o + k) * inputs + i);
+                transpose<T>(v);
+                UNROLL for (int k = 0; k < L; k++) store(transposed + (i + k) * outputs + o, v[k]);
+            }
+        for (; o < outputs; o++)
+            for (long i = c; i < c + IMAGES; i++) transposed[i * outputs + o] = weights[o * inputs + i];
+    }
+    for (; c < end; c++)
+        for (o = 0; o < outputs; o++)
+            for (long t = 0; t < n_used; t++)
+                transposed[(c * outputs + o) * n_used + t] = weights[(o * inputs + c) * taps + used[t]];
+}
+
 template <class T> void spread_values(long begin, long end, const int32_t *place, const T *values, T *dense) {
     for (long i = begin; i < end; i++) dense[place[i]] = values[i];
 }

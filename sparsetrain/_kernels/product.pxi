@@ -18,10 +18,10 @@ cdef class Plan:
     """
     cdef:
         readonly tuple tile, order
-        readonly long rows_at_once, parts, group, n_chunks, run, run_tile
+        readonly long rows_at_once, parts, group, n_chunks, run, run_tile, n_values
         const int32_t[::1] _offsets, _places, _chunks, _first_value
         const int32_t[:, ::1] _segments
-        long rows, row_step, n_values, n_tiles
+        long rows, row_step, n_tiles
         long extent[3]
         long _tile[3]
         long x_step[3]
@@ -224,6 +224,16 @@ def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, float
     for c in prange(n * pieces, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.linear_gradient(24 * (c // pieces), min(24 * (c // pieces) + 24, rows), groups * (c % pieces) // pieces,
                                 groups * (c % pieces + 1) // pieces, blocks, features, p, gv, g, accumulate)
+
+
+def transpose_weights(const floating[::1] weights, long outputs, long inputs, const int32_t[::1] used, floating[::1] transposed):
+    """transposed (inputs, outputs, len(used)) = the taps `used` of the weights (outputs, inputs, taps)."""
+    cdef long taps = weights.shape[0] // (outputs * inputs), n = used.shape[0], c
+    cdef int threads = team(inputs, <double>transposed.shape[0])
+    cdef long groups = (inputs + 15) // 16
+    same_length("transposed", transposed.shape[0], inputs * outputs * n)
+    for c in prange(groups, nogil=True, num_threads=threads, schedule="static"):
+        kernels.transpose_weights(16 * c, min(16 * c + 16, inputs), outputs, inputs, taps, &used[0], n, &weights[0], &transposed[0])  # OUT transposed
 
 
 def spread_values(const floating[::1] values, const int32_t[::1] place, floating[::1] dense):

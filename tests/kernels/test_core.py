@@ -265,6 +265,14 @@ def test_edges(name, sparse, dtype, isa, poison):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("first", [1, np.inf], ids=["transposed", "as they lie"])
+@DTYPES
+def test_weights_of_dense_input_gradients(name, first, dtype, isa, threads, poison, monkeypatch):
+    monkeypatch.setattr(plans, "TRANSPOSED_FROM", first)
+    passes(EDGES[name], dtype, False, ("input",))
+
+
 WINOGRAD = {
     "one of everything": Case(1, (1, 1), (1, 1)),
     "no padding": Case(17, (3, 5), (5, 8), geometry=plans.Geometry()),
