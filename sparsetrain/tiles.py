@@ -9,6 +9,10 @@ from sparsetrain.choices import kept
 # How much of x a tile may touch in one group of input channels before loads miss the L1 (of 48 KB) and the L2 (1 MB),
 # and over how much more the share that misses rises to all.
 L1_BYTES, L1_RISE = 32 << 10, 120 << 10
+# The same L1 (of 32 KB) for dense tiles whose registers are parts of a line: they meet all lines of x once for each
+# part, and sums of twelve registers stream through beside them. Nine dense layers in turn with the values above (Zen 3,
+# AVX2): forward 0.94 of the time, input gradients 0.92; 3x3 layers with 256 channels 0.8, linear layers 0.9 to 1.0.
+PARTS_L1 = 12 << 10, 30 << 10
 L2_BYTES, L2_RISE = 600 << 10, 400 << 10
 # The same for all groups together: past it what was fetched ahead has left the L2 before the tile uses it, since the
 # sums of all rows and what is fetched for the next tile are there too.
@@ -59,6 +63,7 @@ def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize, gr
     weights, limit the positions that the registers hold; gradient: whether it is that of the weights. order says which
     axes of `grid` the tile's are.
     """
+    in_parts = rows_at_once > 1 and core.vector_lanes("float32") < 16
     groups = sorted({-(-channels // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)})
     best = None
     for order in ORDERS:
@@ -85,13 +90,16 @@ def choose_tile(grid, rows, channels, weights, limit, rows_at_once, itemsize, gr
                     rows_at_once,
                     itemsize,
                     gradient,
+                    in_parts,
                 )
                 if best is None or time < best[0]:
                     best = time, order, (1, r, w), group
     return best[1:]
 
 
-def _tile_time(positions, r, lines, columns, blocks, channels, group, entries, rows_at_once, itemsize, gradient):
+def _tile_time(
+    positions, r, lines, columns, blocks, channels, group, entries, rows_at_once, itemsize, gradient, in_parts
+):
     """Estimated cycles of a tile with r rows of positions, which reads lines x columns pixels of each input channel.
 
     blocks: of rows_at_once output rows; entries: in all of them together.
@@ -99,7 +107,7 @@ def _tile_time(positions, r, lines, columns, blocks, channels, group, entries, r
     The form is by reasoning; the factors are set by 17,000 timed tiles (up to 52 of each of 21 layers at sparsities
     from 0.5 to 0.98, forward and weight gradient; 2 cores of a Zen 5, AVX-512), once run over and over, once in turn
     with the layer's other tiles, whose weights push theirs out of the caches: the choice takes on average 1.04 and 1.02
-    of the time of the best three. Dense products were not among them.
+    of the time of the best three. Dense products were not among them. in_parts: see PARTS_L1.
     """
     width = itemsize / 4
     multiply = entries * max(positions * rows_at_once * width / 2, 2.7)
@@ -109,7 +117,10 @@ def _tile_time(positions, r, lines, columns, blocks, channels, group, entries, r
     unfinished = max(0.0, segments - blocks) * positions * rows_at_once * width
     touched = lines * columns * group * 16 * itemsize
     loads = entries * positions * width
-    misses = loads * (0.4 * _share(touched, L1_BYTES, L1_RISE) + 1.5 * _share(touched, L2_BYTES, L2_RISE))
+    l1 = (L1_BYTES, L1_RISE)
+    if in_parts:  # the taps of a run share what they miss
+        l1, loads = PARTS_L1, min(loads, runs * lines * columns * group * width)
+    misses = loads * (0.4 * _share(touched, *l1) + 1.5 * _share(touched, L2_BYTES, L2_RISE))
     late = _share(touched * channels / group, AHEAD_BYTES, AHEAD_RISE)
     # 28: short lines leave the prefetcher behind.
     read = channels * lines * (28 + columns * width * (0.2 + 8.8 * late))
