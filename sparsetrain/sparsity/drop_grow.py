@@ -8,6 +8,7 @@ import numpy as np
 from sparsetrain import checks
 from sparsetrain.sparsity import scores
 from sparsetrain.sparsity.method import Timed
+from sparsetrain.sparsity.sparsify import best
 
 
 @dataclass
@@ -73,9 +74,7 @@ class DropGrow(Timed):
 
 def smallest(weight, count):
     """Boolean array, false at the `count` stored weights of the least magnitude, the last of equal ones."""
-    kept = np.ones(weight.nnz, bool)
-    kept[np.argsort(-np.abs(weight.data.reshape(-1)), kind="stable")[weight.nnz - count :]] = False
-    return kept
+    return best(np.abs(weight.data.reshape(-1)), weight.nnz - count)
 
 
 def largest_gradients(layer, kept, count):

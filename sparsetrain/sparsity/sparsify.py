@@ -71,9 +71,14 @@ def numbers(named, sparsity, distribution):
 
 
 def best(worth, number):
-    """Boolean array: true at the `number` largest of a flat array, the first of equal ones; all if it has fewer."""
-    mask = np.zeros(len(worth), bool)
-    mask[np.argsort(-worth, kind="stable")[:number]] = True
+    """Boolean array: true at the `number` largest of a flat array, the first of equal ones; all if it has fewer. NaN is
+    the least."""
+    if not 0 < number < len(worth):
+        return np.full(len(worth), number > 0)
+    cost = np.where(np.isnan(worth), np.inf, -worth)
+    last = np.partition(cost, number - 1)[number - 1]
+    mask = cost < last
+    mask[np.flatnonzero(cost == last)[: number - mask.sum()]] = True
     return mask
 
 

@@ -11,6 +11,7 @@ import sparsetrain as st
 from nets import images, small_net
 from sparsetrain import interchange, nn
 from sparsetrain.sparse import SparseParameter
+from sparsetrain.sparsity.sparsify import best
 from strategies import quick
 
 LAYERS = ["0", "4.body.0", "4.body.3", "6.body.0", "6.shortcut", "10", "13"]
@@ -339,3 +340,12 @@ def test_layers_that_share_a_weight():
     assert model[2].weight is model[0].weight
     assert model[0].weight.nnz == 32
     assert set(interchange.to_scipy(model)) == {"0", "2"}
+
+
+@quick
+@given(hs.lists(hs.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, np.inf, np.nan]), max_size=12), hs.integers(0, 14))
+def test_best(worth, number):
+    """The first of those that a stable sort puts first."""
+    worth = np.array(worth)
+    first = np.argsort(-worth, kind="stable")[:number]
+    assert set(np.flatnonzero(best(worth, number))) == set(first)
