@@ -201,9 +201,7 @@ class Pass:
         return self._sorted
 
 
-def _spmm(
-    x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, row_step, n_values, tasks, transposed=None
-):
+def _spmm(x, y, grid, rows, channels, entry_row, entry_channel, offsets, source, row_step, n_values, tasks):
     """The Pass that writes y.
 
     entry_row: of each entry, ascending, and source its value, None for all of them in order. In a dense layer
@@ -232,7 +230,7 @@ def _spmm(
         x, y, grid, tile, order, group, rows, at_once, offsets, segments, bounds, None, n_values, 1, weights,
         source if dense else None, row_step,
     )  # fmt: skip
-    return Pass(plan, None if dense else source, transposed)
+    return Pass(plan, None if dense else source)
 
 
 def _winograd(x, y, grid, rows, channels, transform, run, tasks):
@@ -382,11 +380,9 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS, times=1):
         elif transposes and len(used):
             transposed = out, n_channels, np.flatnonzero(here[:taps]).astype(np.int32)
             used, row_step, n_values = np.arange(len(used), dtype=np.int32), len(used), len(used) * n_channels
-        passes.append(
-            _spmm(
-                dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, used, row_step, n_values, tasks, transposed
-            )
-        )
+        step = _spmm(dy, dx, grid, n_channels, out, entry_row, oc[here], offsets, used, row_step, n_values, tasks)
+        step.transposed = transposed
+        passes.append(step)
     return passes
 
 
