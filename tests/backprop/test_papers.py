@@ -66,7 +66,8 @@ def test_torch_of_time_to_accuracy_is_the_same_training(tmp_path):
     pytest.importorskip("torch")
     _, report = run("time_to_accuracy", tmp_path, "--quick", "--only", "small-cnn/torch/*", "small-cnn/exact/*")
     theirs, ours = (report["runs"][f"small-cnn/{name}/0"] for name in ("torch", "exact"))
-    np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=1e-4)
+    # PyTorch's second loss with one thread is 2.4e-4 above that with two; ours lies between them.
+    np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=1e-3)
     np.testing.assert_allclose(theirs["val_accuracy"], ours["val_accuracy"], atol=0.04)  # of 64 images
 
 
