@@ -30,7 +30,7 @@ def main(argv=None):
     except BrokenPipeError:  # as in `sparsetrain info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into at exit
         return 0
-    except (ValueError, OSError, TrainingDiverged) as error:
+    except (ValueError, OSError, MemoryError, TrainingDiverged) as error:
         print(f"sparsetrain: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

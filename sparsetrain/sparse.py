@@ -85,6 +85,13 @@ def _check_values(name, values):
         raise TypeError(f"{name} is {_described(values)}, must be a float32 or float64 array")
 
 
+def _check_flat(name, values, data):
+    if values.shape != data.shape or values.dtype != data.dtype or not values.flags.c_contiguous:
+        order = "" if values.flags.c_contiguous else ", not C-contiguous"
+        wanted = f"{data.dtype} {data.shape}, C-contiguous (numpy.ascontiguousarray)"
+        raise ValueError(f"{name} of a parameter is {_described(values)}{order}, must be {wanted}")
+
+
 class Parameter:
     """A dense array that is trained: `data`, `grad` (None, or shaped as data) and optimiser `slots` (name -> array).
 
@@ -124,8 +131,12 @@ class Parameter:
         self.data[...] = values
 
     def gradient(self):
-        """(array, accumulate): where backward writes the gradient, and whether it adds to what is there."""
+        """(array, accumulate): where backward writes the gradient, and whether it adds to what is there. ValueError if
+        data or grad cannot be written as one flat array."""
+        _check_flat("data", self.data, self.data)
         accumulate = self.grad is not None
+        if accumulate:
+            _check_flat("grad", self.grad, self.data)
         if not accumulate:
             # The last gradient's memory again, unless somebody still holds that array: 2 references are the
             # attribute and getrefcount's own.

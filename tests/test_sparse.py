@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse
 from hypothesis import given
 
+from sparsetrain import nn
 from sparsetrain.sparse import Parameter, SparseParameter
 from strategies import masked_weights, quick
 
@@ -139,3 +140,13 @@ def test_bad_structure(change, match):
 def test_bad_dense(dense, mask, match):
     with pytest.raises((TypeError, ValueError), match=match):
         SparseParameter.from_dense(dense, mask)
+
+
+@pytest.mark.parametrize("which", ["data", "grad"])
+@pytest.mark.parametrize("make", [nn.Linear, lambda *sizes: nn.Conv2d(*sizes, 1)], ids=["linear", "conv"])
+def test_arrays_in_another_order_are_refused(make, which):
+    layer = make(4, 3)
+    setattr(layer.weight, which, np.asfortranarray(np.ones(layer.weight.shape, np.float32)))
+    y = layer(np.ones((2, 4, 1, 1) if layer.weight.data.ndim == 4 else (2, 4), np.float32))
+    with pytest.raises(ValueError, match=f"{which} of a parameter is float32 .*not C-contiguous, must be"):
+        layer.backward(np.ones_like(y))

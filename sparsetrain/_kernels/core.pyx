@@ -94,12 +94,12 @@ def get_num_threads():
 
 
 def set_num_threads(n):
-    """Use n threads from now on. No result depends on it. ValueError if n < 1."""
+    """Use n threads from now on. No result depends on it. ValueError if n is not in [1, 1024]."""
     global _n_threads
     if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"n is {n!r}, must be an int >= 1")
-    if n < 1:
-        raise ValueError(f"n is {n}, must be an int >= 1")
+        raise TypeError(f"n is {n!r}, must be an int in [1, 1024]")
+    if not 1 <= n <= 1024:
+        raise ValueError(f"n is {n}, must be an int in [1, 1024]")
     _n_threads = n
 
 

@@ -15,7 +15,9 @@ void cross_entropy(long begin, long end, long n, long classes, double smoothing,
         double total = 0, mean = 0;
         for (long k = 0; k < classes; k++) g[k] = exponential(z[k] - top), total += g[k], mean += z[k] - top;
         const double log_total = log(total), at_label = z[labels[i]] - top;
-        loss[i] = log_total - (1 - smoothing) * at_label - other * mean;
+        loss[i] = log_total;  // a logit of -infinity counts where it has a share of the target
+        if (smoothing < 1) loss[i] -= (1 - smoothing) * at_label;
+        if (smoothing > 0) loss[i] -= other * mean;
         for (long k = 0; k < classes; k++)
             g[k] = T((g[k] / total - other - (k == labels[i] ? 1 - smoothing : 0)) / n);
     }

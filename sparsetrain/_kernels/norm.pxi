@@ -117,16 +117,17 @@ def batch_norm_line(const floating[::1] gamma, const floating[::1] beta, const f
 
 def track_moments(floating[::1] running_mean, const floating[::1] mean, floating[::1] running_var,
                   const floating[::1] var, double factor, double share, int64_t[::1] batches):
-    """running_mean[:] += share (mean - running_mean), running_var[:] += share (factor var - running_var), batches[0] += 1."""
+    """running_mean[:] = (1 - share) running_mean + share mean, the same of running_var and factor var, batches[0] += 1."""
     cdef long n = mean.shape[0], c
+    cdef floating rest = <floating>(1 - share), of_var = <floating>(share * factor)
     same_length("running_mean", running_mean.shape[0], n)
     same_length("running_var", running_var.shape[0], n)
     same_length("var", var.shape[0], n)
     same_length("batches", batches.shape[0], 1)
     batches[0] += 1  # OUT
     for c in range(n):  # OUT running_mean, running_var
-        running_mean[c] += <floating>share * (mean[c] - running_mean[c])
-        running_var[c] += <floating>share * (<floating>factor * var[c] - running_var[c])
+        running_mean[c] = rest * running_mean[c] + <floating>share * mean[c]
+        running_var[c] = rest * running_var[c] + of_var * var[c]
 
 
 def bias_grad(floating[:, :, :, :, :] dy, floating[::1] db, bint accumulate):

@@ -72,6 +72,9 @@ class _Graph:
             raise ValueError(f"{path} has {len(inputs)} inputs and {len(graph.output)} outputs, must have one of each")
         self.first, self.last = inputs[0], graph.output[0].name
         self.features = []  # (features, node) of each Reshape that names them
+        axes = next(i for i in graph.input if i.name == self.first).type.tensor_type.shape.dim
+        self.images = axes[0].dim_value if axes else 0  # in a batch, 0 if any number
+        self.ranks = {self.first: len(axes)}  # of the values that are reached
 
     def _array(self, tensor):
         if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
@@ -113,9 +116,9 @@ class _Graph:
         values = (*graph.input, *graph.value_info)
         shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim[1:]] for value in values}
         for features, node in self.features:
-            shape = shapes.get(node.input[0], [])
-            if min(shape, default=0) > 0 and features != math.prod(shape):  # 0 where it is not known
-                raise self._unsupported(node, f"to {features} features of {math.prod(shape)}")
+            known = math.prod(shapes.get(node.input[0], [0]))  # 0 where it is not
+            if features != known and (known or self.constants[node.input[1]][0] == -1):
+                raise self._unsupported(node, f"to {features} features of {known or 'an unknown number'}")
 
     def _readers(self, name):
         return [node for node in self.nodes if name in node.input]
@@ -160,6 +163,7 @@ class _Graph:
             shortcut = around[0] if len(around) == 1 else nn.Sequential(*around)
         if end not in join.input:
             raise ValueError(f"{self.path}: the branches from {at} do not meet in one Add")
+        self.ranks[join.output[0]] = self.ranks[end]
         return nn.Residual(nn.Sequential(*body), shortcut), join.output[0]
 
     def _branch(self, node):
@@ -183,6 +187,8 @@ class _Graph:
             raise self._unsupported(node, "which no layer does")
         with self._blamed(node):
             made = make(self, node, self._attributes(node), before)
+            of_input = next(self.ranks[name] for name in node.input if name in self.ranks)
+            self.ranks[node.output[0]] = 2 if node.op_type in ("Flatten", "Gemm", "Reshape") else of_input
         return made if isinstance(made, list) else [made]
 
     def _constant(self, node, index):
@@ -238,6 +244,8 @@ class _Graph:
         if weight.ndim != 2:
             raise self._unsupported(node, f"by an array of shape {weight.shape}")
         weight = weight if about.get("transB") else weight.T
+        if bias is not None and (bias.size not in (1, len(weight)) or any(n != 1 for n in bias.shape[:-1])):
+            raise self._unsupported(node, f"with an addend of shape {bias.shape} to {len(weight)} features")
         return _filled(nn.Linear(*weight.shape[::-1], bias=bias is not None), weight, bias)
 
     def _matmul(self, node, about, before):
@@ -261,8 +269,12 @@ class _Graph:
 
     def _batchnormalization(self, node, about, before):
         gamma, beta, mean, var = (self._weights(node, i) for i in range(1, 5))
-        flat = next((layer for layer in reversed(before) if not isinstance(layer, nn.ReLU)), None)
-        kind = nn.BatchNorm1d if isinstance(flat, (nn.Linear, nn.Flatten, nn.BatchNorm1d)) else nn.BatchNorm2d
+        if about.get("training_mode") or not about.get("spatial", 1):
+            raise self._unsupported(node, "of training, or of each value by itself")
+        rank = self.ranks[node.input[0]]
+        if rank not in (2, 4):
+            raise self._unsupported(node, f"of arrays of {rank} dimensions")
+        kind = nn.BatchNorm1d if rank == 2 else nn.BatchNorm2d
         layer = kind(len(gamma), eps=float(about.get("epsilon", 1e-5)))
         _filled(layer, gamma, beta)
         buffers = dict(layer.named_buffers())
@@ -298,6 +310,8 @@ class _Graph:
         shape = self.constants.get(node.input[1])
         if shape is None or len(shape) != 2 or shape[0] not in (-1, 0, 1):
             raise self._unsupported(node, f"to {None if shape is None else tuple(shape)}")
+        if shape[0] == 1 and self.images != 1:
+            raise self._unsupported(node, f"of {self.images or 'any number of'} images to one")
         if shape[1] > 0:
             self.features.append((int(shape[1]), node))
         return nn.Flatten()
@@ -318,12 +332,17 @@ class _Graph:
         inner = before.pop() if before and isinstance(before[-1], nn.PadChannels) else nn.PadChannels(0, 0, 1)
         return nn.PadChannels(inner.before + pads[1], inner.after + pads[5], inner.stride)
 
+    def _dropout(self, node, about, before):
+        if np.any(self._constant(node, 2)):
+            raise self._unsupported(node, "of training")
+        return []
+
     def _identity(self, node, about, before):
         return []
 
     makers = {
         "Add": _add, "AveragePool": _averagepool, "BatchNormalization": _batchnormalization, "Conv": _conv,
-        "Dropout": _identity, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _globalaveragepool,
+        "Dropout": _dropout, "Flatten": _flatten, "Gemm": _gemm, "GlobalAveragePool": _globalaveragepool,
         "Identity": _identity, "MatMul": _matmul, "MaxPool": _maxpool, "Pad": _pad, "Relu": _relu,
         "Reshape": _reshape, "Slice": _slice,
     }  # fmt: skip
@@ -348,6 +367,8 @@ def write_onnx(path, model, input_shape):
     onnx = _onnx()
     writer = _Writer(onnx)
     output = writer.add(model, "x")
+    if not writer.nodes:
+        raise ValueError(f"a model of class {type(model).__name__} without layers that predict has no ONNX graph")
     shape = ["N", *input_shape]
     classes = nn.summary(model, input_shape).rows[-1].output
     value = onnx.helper.make_tensor_value_info

@@ -93,9 +93,13 @@ class Optimizer:
                         f"state of {name}: slot {slot!r} has shape {array.shape}, "
                         f"wanted one of {self.slots} with shape {parameter.data.shape}"
                     )
-        for setting, value in state["settings"].items():
-            setattr(self, setting, value)
-        self.steps = list(state["steps"])
+        steps = [checks.integer("steps of state", n, low=0) for n in state["steps"]]
+        if len(steps) != len(self.params):
+            raise ValueError(f"state has the steps of {len(steps)} parameters, wanted those of {len(self.params)}")
+        checked = type(self)(zip(self.names, self.params, strict=True), **state["settings"])
+        for setting in state["settings"]:
+            setattr(self, setting, getattr(checked, setting))
+        self.steps = steps
         for name, parameter in zip(self.names, self.params, strict=True):
             for slot in self.slots:
                 parameter.slots.pop(slot, None)
@@ -125,7 +129,7 @@ class SGD(Optimizer):
     def __init__(self, params, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
         super().__init__(params, lr)
         self.momentum = checks.fraction("momentum", momentum)
-        self.nesterov = bool(nesterov)
+        self.nesterov = checks.flag("nesterov", nesterov)
         self.weight_decay = checks.number("weight_decay", weight_decay, low=0.0)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov is True and momentum is 0, nesterov needs a momentum > 0")

@@ -212,10 +212,10 @@ class Trainer:
         row = {"epoch": self.epoch + 1, "step": self.step} | means.result("train")
         row |= {"val_loss": None, "val_accuracy": None, "lr": self.optimizer.lr}
         row |= means.speed() | {"time_s": means.time_s()}
-        row |= self._sparsities()
         self._check_weights()
         if validation is not None:
             row |= {f"val_{name}": value for name, value in self.evaluate(validation).items()}
+        row |= self._sparsities()  # last: the reports begin anew, and an epoch whose validation is interrupted goes on
         self.epoch, self.batch = self.epoch + 1, 0
         self.history.append(row)
         self._call("on_epoch_end", row)

@@ -493,6 +493,12 @@ def test_features_are_counted_without_images(tmp_path, monkeypatch, features):
         assert repr(read_onnx(path)) == repr(nn.Sequential(nn.ReLU(), nn.Flatten()))
 
 
+@pytest.mark.parametrize("model", [nn.Sequential(), nn.Sequential(nn.Dropout(0.5))])
+def test_nothing_to_write(tmp_path, model):
+    with pytest.raises(ValueError, match="a model of class Sequential without layers that predict has no ONNX graph"):
+        write_onnx(tmp_path / "a.onnx", model, (3,))
+
+
 def test_mnist_of_the_model_zoo():
     folder = os.environ.get(data.sets.ENVIRONMENT)
     path = os.path.join(folder or "", "weights", "mnist-8.onnx")
@@ -553,6 +559,27 @@ FAULTS = {
     "reshape to more rows": (
         [N("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 6])}, {}, "read as a Flatten",
     ),
+    "reshape to more rows of any size": (
+        [N("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 6])}, {"x": (None, 3, None, None)}, "read as a Flatten",
+    ),
+    "all images to one": (
+        [N("Reshape", ["x", "s"], ["y"])], {"s": np.array([1, -1])}, {}, "read as a Flatten",
+    ),
+    "an addend for each image": (
+        [N("Gemm", ["x", "w", "b"], ["y"])], {"w": rand(3, 4), "b": rand(4, 1)}, {"x": (4, 3)},
+        "read as biases of outputs",
+    ),
+    "a norm of training": (
+        [N("BatchNormalization", ["x", *"wwww"], ["y"], training_mode=1)], {"w": rand(3)}, {},
+        "read as one that predicts",
+    ),
+    "a dropout of training": (
+        [N("Dropout", ["x", "r", "t"], ["y"])], {"r": np.float32(0.5), "t": np.bool_(True)}, {},
+        "read as one that predicts",
+    ),
+    "a norm of sequences": (
+        [N("BatchNormalization", ["x", *"wwww"], ["y"])], {"w": rand(3)}, {"x": (2, 3, 5)}, "read as of images",
+    ),
 }  # fmt: skip
 
 
@@ -564,7 +591,12 @@ def test_faults_of_the_reader(tmp_path, name):
         read_onnx(path)
 
 
-@pytest.mark.parametrize("between", [nn.ReLU, None])
-def test_norms_of_features(tmp_path, between):
-    layers = [nn.Linear(6, 6), nn.ReLU()] if between else [nn.Flatten()]
-    there_and_back(tmp_path / "a.onnx", used(nn.Sequential(*layers, nn.BatchNorm1d(6))), (6,))
+def test_norms_of_features(tmp_path):
+    """Wherever they stand: first, after another, at a block's begin and behind its end."""
+    block = nn.Residual(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6)))
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), block, nn.BatchNorm1d(6), nn.Linear(6, 6))
+    there_and_back(tmp_path / "a.onnx", used(model), (6,))
+
+
+def test_norms_of_flat_images(tmp_path):
+    there_and_back(tmp_path / "a.onnx", used(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12))), (3, 2, 2))

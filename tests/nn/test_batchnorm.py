@@ -254,3 +254,12 @@ def test_bad_output_gradient():
         layer.backward(x[:3])
     with pytest.raises(TypeError, match="float64"):
         layer.backward(x.astype(np.float64))
+
+
+def test_running_statistics_of_the_last_batch_alone():
+    """With a momentum of 1 they are that batch's, however small."""
+    x = np.random.default_rng(0).normal(size=(16, 1, 4, 4)) * 1e-4
+    layer = nn.BatchNorm2d(1, momentum=1.0)
+    layer(x.astype(np.float32))
+    np.testing.assert_allclose(layer.running_var, x.var(ddof=1), rtol=1e-4)
+    np.testing.assert_allclose(layer.running_mean, x.mean(), rtol=1e-4)

@@ -70,6 +70,15 @@ def test_cross_entropy_of_huge_logits():
     assert loss == 2e4 and gradient.tolist() == [[1, -1]]
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 1.0])
+def test_cross_entropy_of_a_masked_class(label_smoothing):
+    """Without a share of the target a logit of -infinity is as if it were not there; with one the loss is infinite."""
+    logits = np.array([[1, 2, -np.inf]])
+    loss, gradient = nn.cross_entropy(logits, np.array([0]), label_smoothing=label_smoothing)
+    assert loss == pytest.approx(np.inf if label_smoothing else np.log(1 + np.e))
+    assert np.isfinite(gradient).all()
+
+
 def test_cross_entropy_of_nan_is_nan():
     logits = normal((17, 3))
     logits[16, 1] = np.nan

@@ -93,7 +93,14 @@ def test_a_state_that_does_not_fit_changes_nothing():
         optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match="has the settings"):
         optimizer.load_state_dict(optim.Adam(parameters(rng)).state_dict())
-    assert optimizer.lr == 0.1
+    for wrong in ({"lr": -1}, {"momentum": 7}, {"nesterov": "no"}, {"weight_decay": -0.5}):
+        state = optimizer.state_dict()
+        state["settings"] |= {"momentum": 0.5} | wrong
+        with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} is"):
+            optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="state has the steps of 1 parameters, wanted those of 2"):
+        optimizer.load_state_dict(optimizer.state_dict() | {"steps": [1]})
+    assert (optimizer.lr, optimizer.momentum) == (0.1, 0.9)
 
 
 def test_bad_arguments():
