@@ -1,5 +1,7 @@
 """What the command line calls by name: models, methods of sparsity and of backprop, and layers to keep dense."""
 
+import fnmatch
+
 from sparsetrain import backprop, sparsity
 from sparsetrain.nn import models
 
@@ -37,8 +39,14 @@ def model(name, image, classes):
     return make(classes, channels, **fitted.get(name, {}))
 
 
-def layers(names, model):
-    """The names with "first" replaced by the layer next to the images, and "last" by the one that gives the classes."""
+def layers(names, model, option="--exclude"):
+    """The names with "first" replaced by the layer next to the images, and "last" by the one that gives the classes.
+
+    ValueError, which names the option, for one that matches no layer with weights.
+    """
     weights = [name.rpartition(".")[0] for name, p in model.named_parameters() if len(p.shape) > 1]
     ends = {"first": weights[0], "last": weights[-1]}
+    for name in names:
+        if name not in ends and not fnmatch.filter(weights, name):
+            raise ValueError(f"{option} has {name!r}, which matches none of the layers {', '.join(weights)}")
     return [ends.get(name, name) for name in names]

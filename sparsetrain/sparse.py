@@ -62,6 +62,9 @@ class Structure:
     def __deepcopy__(self, memo):
         return self
 
+    def __getstate__(self):
+        return vars(self) | {"plans": {}}
+
     def csr(self):
         """(indptr, indices), also where every weight is stored."""
         if not self.dense:

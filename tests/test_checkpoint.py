@@ -119,6 +119,34 @@ def test_a_run_that_stops_after_any_step_goes_on_with_the_same_bits(tmp_path, we
         assert_same(half, whole)
 
 
+class Interrupted:
+    """Batches to validate with, in which a pass of this number is interrupted."""
+
+    def __init__(self, number):
+        self.passes, self.number = 0, number
+
+    def __iter__(self):
+        self.passes += 1
+        for batch in images():
+            if self.passes == self.number:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize("weights, gradients", [("rigl", "dithered"), ("n:m", "mem-aop")])
+def test_an_interrupted_validation_keeps_what_the_epoch_reports(tmp_path, weights, gradients):
+    whole = trainer(weights, gradients)
+    whole.fit(images(), 3, Interrupted(4))
+    half = trainer(weights, gradients)
+    assert half.fit(images(), 3, Interrupted(2)).interrupted and half.epoch == 1
+    half.save(tmp_path / "run.safetensors")
+    half.fit(images(), 2, Interrupted(3))
+    assert_same(half, whole)
+    half = Trainer.resume(tmp_path / "run.safetensors")
+    half.fit(images(), 2, Interrupted(3))
+    assert_same(half, whole)
+
+
 @pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
 @pytest.mark.parametrize("weights, gradients", [("none", "exact"), ("rigl", "dithered"), ("n:m", "exact")])
 def test_a_float64_run_goes_on_with_the_same_bits(tmp_path, kind, weights, gradients):

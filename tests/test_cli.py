@@ -243,6 +243,18 @@ def test_folders_that_do_not_do(folder, capsys):
     error_line(capsys)
     assert cli.main(["train", "--resume", "full"]) == 2
     assert "config.json" in error_line(capsys)
+    for wrong in (
+        '{"epochs": "two"}',
+        '{"lr": [1]}',
+        '{"exclude": 3}',
+        '{"data": null}',
+        '{"augment": 1}',
+        '{"x": 1}',
+        "3",
+    ):
+        (folder / "full/config.json").write_text(f'{{"options": {wrong}}}')
+        assert cli.main(["train", "--resume", "full"]) == 2
+        assert "full/config.json is not the config.json of a run" in error_line(capsys)
     (folder / "full/config.json").write_text('{"options": {}}')
     assert cli.main(["train", "--resume", "full", "--model", "mlp"]) == 2
     assert "--model cannot be given with --resume" in error_line(capsys)

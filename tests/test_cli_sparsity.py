@@ -76,7 +76,8 @@ def model(path="run/checkpoint.safetensors"):
 
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_trains(folder, capsys, method):
-    assert cli.main(["train", *RUN, "--method", method, "--sparsity", "0.75", *EVERY[method]]) == 0
+    sparsity = [] if method == "n:m" else ["--sparsity", "0.75"]
+    assert cli.main(["train", *RUN, "--method", method, *sparsity, *EVERY[method]]) == 0
     config = json.loads((folder / "run/config.json").read_text())["options"]
     assert (config["method"], config["sparsity"]) == (method, 0.75)
     found = model()
@@ -132,27 +133,33 @@ def test_with_a_method_of_backprop(folder):
         (["--method", "ac-dc", "--drop-fraction", "0.5"], "--drop-fraction is not for --method ac-dc"),
         (["--method", "n:m", "--change-every", "5"], "--change-every is not for --method n:m"),
         (["--method", "n:m", "--distribution", "erk"], "--distribution is not for --method n:m"),
-        (["--method", "n:m", "--pattern", "5:4"], "n is 5, more than m, which is 4"),
-        (["--method", "n:m", "--pattern", "0:4"], "n is 0"),
+        (["--method", "n:m", "--pattern", "5:4"], "--pattern of N:M: n is 5, more than m, which is 4"),
+        (["--method", "n:m", "--pattern", "0:4"], "--pattern of N:M: n is 0"),
         (["--method", "n:m", "--pattern", "2"], "--pattern is '2', must be N:M such as 2:4"),
         (["--method", "n:m", "--pattern", "2:x"], "must be N:M"),
         (["--method", "n:m", "--pattern=-2:4"], "must be N:M"),
         (["--method", "n:m", "--pattern", "2:7"], "must be a multiple of m = 7"),
-        (["--method", "rigl", "--change-every", "0"], "every is 0"),
+        (["--method", "rigl", "--change-every", "0"], "--change-every is 0"),
         (["--method", "rigl", "--change-every", "often"], "--change-every"),
         (["--method", "rigl", "--change-until", "1"], "--change-until is 1.0"),
         (["--method", "rigl", "--change-until", "-1"], "--change-until is -1"),
         (["--method", "rigl", "--change-until", "nan"], "--change-until is nan"),
-        (["--method", "set", "--drop-fraction", "1.5"], "fraction is 1.5"),
-        (["--method", "set", "--drop-fraction", "0"], "fraction is 0"),
-        (["--method", "gmp", "--initial-sparsity", "0.95"], "initial is 0.95"),
-        (["--method", "granet", "--initial-sparsity", "1"], "initial is 1"),
+        (["--method", "set", "--drop-fraction", "1.5"], "--drop-fraction is 1.5"),
+        (["--method", "set", "--drop-fraction", "0"], "--drop-fraction is 0"),
+        (["--method", "gmp", "--initial-sparsity", "0.95"], "--initial-sparsity is 0.95"),
+        (["--method", "granet", "--initial-sparsity", "1"], "--initial-sparsity is 1"),
         (["--method", "rigle"], "rigl"),
         (["--method", "ac/dc"], "ac-dc"),
-        (["--method", "rigl", "--exclude", "conv"], "conv"),
-        (["--checkpoint-every", "0"], "steps is 0"),
-        (["--keep", "0"], "keep is 0"),
+        (["--method", "rigl", "--exclude", "conv"], "--exclude has 'conv', which matches none of the layers 1"),
+        (["--checkpoint-every", "0"], "--checkpoint-every is 0"),
+        (["--keep", "0"], "--keep is 0"),
         (["--keep", "two"], "--keep"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--method", "rigl", "--change-until", "0"], "--change-until is 0, as is start: RigL would never change"),
+        (["--method", "n:m", "--sparsity", "0.5"], "--sparsity is not for --method n:m"),
+        (["--optimizer", "adam", "--momentum", "0.5"], "--momentum is not for --optimizer adam"),
+        (["--backprop", "top-k", "--exact-layers", "nope"], "--exact-layers has 'nope', which matches none"),
+        (["--sparsity", "0", "--exclude", "nope"], "--exclude has 'nope', which matches none"),
         (["--weights", "a.pth"], "--weights"),
         (["--head", "new"], "--head"),
     ],

@@ -382,6 +382,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--threads", "0"], "--threads is 0"),
         (["--isa", "sse9"], "--isa is 'sse9'"),
         (["--exclude", "nothing"], "nothing"),
+        (["--sparsity", "0", "--exclude", "nothing"], "nothing"),
         (["--plans", "none.json"], "none.json"),
         (["--json", "no/p.json"], "--json is no/p.json, whose folder is not there"),
         (["--save-plans", "no/p.json"], "--save-plans is no/p.json, whose folder is not there"),

@@ -59,8 +59,9 @@ def run(given):
         choices.load(o.plans)
     st.manual_seed(0)
     model = named.model(o.model, o.image, 10)
+    exclude = named.layers(o.exclude, model)
     if o.sparsity:
-        st.sparsify(model, o.sparsity, "random", o.distribution, named.layers(o.exclude, model))
+        st.sparsify(model, o.sparsity, "random", o.distribution, exclude)
     weights = [p for p in model.parameters() if len(p.shape) > 1]
     stored, size = sum(p.nnz for p in weights), sum(int(np.prod(p.shape)) for p in weights)
     print(f"{o.model}, sparsity {o.sparsity:g} ({o.distribution}): {stored:,} of {size:,} weights", flush=True)

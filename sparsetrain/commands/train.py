@@ -131,7 +131,7 @@ def _trainer(o, dataset, train, sparse, folder, name, method):
         rates["momentum"] = o.momentum
     optimizer = OPTIMIZERS[o.optimizer](model.named_parameters(), **rates)
     if method is not None:
-        method = dataclasses.replace(method, exclude=tuple(named.layers(o.exact_layers or (), model)))
+        method = dataclasses.replace(method, exclude=tuple(named.layers(o.exact_layers or (), model, "--exact-layers")))
     methods = {"backprop": method, "sparsity": changing}
     return Trainer(model, optimizer, label_smoothing=o.label_smoothing, **methods, **settings)
 

@@ -45,7 +45,7 @@ OPTIONS = {
     "pattern": (
         None,
         {"metavar": "N:M"},
-        "n:m: N of M neighbouring weights exist, and --sparsity is not used (default: 2:4)",
+        "n:m: N of M neighbouring weights exist, instead of --sparsity (default: 2:4)",
     ),
     # Keeping the first layer dense is the "uniform" of Evci et al., RigL, ICML 2020: it has few
     # weights, and small-cnn on fashion-mini gains 1.5 to 2 points of accuracy.
@@ -205,8 +205,7 @@ def resolved(given, table):
         found |= _read_config(folder)
         for name in given:
             if name not in ON_RESUME:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} cannot be given with --resume, whose run has its own")
+                raise ValueError(f"{_option(name)} cannot be given with --resume, whose run has its own")
     o = argparse.Namespace(**found | given)
     choices = {
         "data": data.NAMES,
@@ -224,6 +223,12 @@ def resolved(given, table):
     checks.integer("--batch-size", o.batch_size, low=1)
     checks.integer("--warmup", o.warmup, low=0, high=o.epochs)
     checks.integer("--seed", o.seed, low=0)
+    checks.integer("--keep", o.keep, low=1)
+    for name in ("threads", "checkpoint_every"):
+        if getattr(o, name) is not None:
+            checks.integer(_option(name), getattr(o, name), low=1)
+    if "momentum" in given and o.optimizer != "sgd":
+        raise ValueError(f"--momentum is not for --optimizer {o.optimizer}")
     if not 0 <= o.sparsity < 1:
         raise ValueError(f"--sparsity is {o.sparsity}, must be in [0, 1)")
     if o.weights is not None:
@@ -237,7 +242,9 @@ def resolved(given, table):
             o.exclude = given.get("exclude", [])
     backprop_method(o)  # its checks
     changing = sparsity_method(o, LONG)
-    if o.method == "n:m" and o.sparsity:
+    if o.method == "n:m":
+        if "sparsity" in given:
+            raise ValueError("--sparsity is not for --method n:m, whose --pattern says it")
         o.sparsity = changing.sparsity
     if o.lr is None:
         o.lr = (0.1 if o.optimizer == "sgd" else 0.002) * (1 if o.weights is None else 0.1)
@@ -262,17 +269,13 @@ def backprop_method(o):
     known = set() if make is None else {field.name for field in dataclasses.fields(make)}
     for name in given:
         if ARGUMENTS.get(name, name) not in known:
-            raise ValueError(f"--{name.replace('_', '-')} is not for --backprop {o.backprop}")
+            raise ValueError(f"{_option(name)} is not for --backprop {o.backprop}")
     if make is None:
         if o.exact_layers:
             raise ValueError("--exact-layers is not for --backprop exact")
         return None
-    try:
-        return make(seed=o.seed, **{ARGUMENTS.get(name, name): value for name, value in given.items()})
-    except ValueError as error:  # it names the argument
-        argument, _, rest = str(error).partition(" ")
-        option = {value: name for name, value in ARGUMENTS.items() if name in given}.get(argument, argument)
-        raise ValueError(f"--{option.replace('_', '-')} {rest}") from error
+    options = {ARGUMENTS.get(name, name): name for name in given}
+    return _made(make, options, seed=o.seed, **{argument: given[name] for argument, name in options.items()})
 
 
 def sparsity_method(o, steps, exclude=()):
@@ -282,7 +285,7 @@ def sparsity_method(o, steps, exclude=()):
     make = WHILE_TRAINING.get(o.method)
     if make is None:
         for name in given:
-            raise ValueError(f"--{name.replace('_', '-')} is not for --method {o.method}")
+            raise ValueError(f"{_option(name)} is not for --method {o.method}")
         return None
     until = checks.fraction("--change-until", given.pop("change_until", 0.75))
     stop = min(round(until * steps), steps - 1)  # or the last change would never come
@@ -302,16 +305,40 @@ def sparsity_method(o, steps, exclude=()):
     known = {field.name for field in dataclasses.fields(make) if field.init}
     for name, value in given.items():
         if OF_CHANGES[name] not in known:
-            raise ValueError(f"--{name.replace('_', '-')} is not for --method {o.method}")
+            raise ValueError(f"{_option(name)} is not for --method {o.method}")
         arguments[OF_CHANGES[name]] = value
-    return make(**arguments)
+    return _made(make, {argument: name for name, argument in OF_CHANGES.items()} | {"m": "pattern"}, **arguments)
+
+
+def _option(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def _made(make, options, **arguments):
+    """make(**arguments); an error that begins with an argument of {argument: option} begins with the option."""
+    try:
+        return make(**arguments)
+    except ValueError as error:
+        argument, _, rest = str(error).partition(" ")
+        if argument not in options:
+            raise
+        said = rest if options[argument] != "pattern" else f"of N:M: {error}"
+        raise ValueError(f"{_option(options[argument])} {said}") from error
 
 
 def _read_config(folder):
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["options"]
+        config = json.loads(path.read_text(encoding="utf-8"))["options"]
+        for name, value in config.items():
+            default, settings, _ = FINETUNE[name.replace("_", "-")]
+            kind = settings.get("type", bool if "action" in settings else str)
+            for one in value if "nargs" in settings and value is not None else [value]:
+                unset = one is None and (default is None or name == "head")  # which train has not
+                if not (isinstance(one, (float, int) if kind is float else kind) or unset):
+                    raise TypeError(f"{name} is {value!r}")
     except FileNotFoundError:
         raise ValueError(f"--resume is {folder}, which has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the config.json of a run: {error!r}") from error
+    return config

@@ -1,6 +1,5 @@
 """The base of all layers and containers: names, parameters, modes, and the way from NumPy arrays and back."""
 
-import copy
 import time
 from contextlib import contextmanager
 
@@ -264,17 +263,9 @@ class Module:
             else:
                 buffers[name][...] = value
 
-    def __copy__(self):
-        """A copy that has not run, with the same parameters and modules."""
-        other = object.__new__(type(self))
-        vars(other).update((name, value) for name, value in vars(self).items() if name != "_runner")
-        return other
-
-    def __deepcopy__(self, memo):
-        """A copy that has not run."""
-        other = memo[id(self)] = copy.copy(self)
-        vars(other).update(copy.deepcopy(vars(other), memo))
-        return other
+    def __getstate__(self):
+        """For copies and other processes: they have not run."""
+        return {name: value for name, value in vars(self).items() if name != "_runner"}
 
     def __repr__(self):
         inside = [f"({name}): {module!r}".replace("\n", "\n  ") for name, module in self.children()]

@@ -100,8 +100,7 @@ class _State:
         self.attributes = [vars(m) for m in modules[1:]]  # the module's own hold the Runner, which holds this
         self.values = self._values(module)
         self.parameters = [(p, p.data, p.structure) for p in module.parameters()]
-        # What changes in place, or has a copy that is read, would not be seen.
-        self.records = all(map(_replays, modules)) and all(p.data.flags.c_contiguous for p in module.parameters())
+        self.records = all(map(_replays, modules))  # what changes in place would not be seen
 
     def _values(self, module):
         own = [value for name, value in vars(module).items() if name != "_runner"]

@@ -1,6 +1,7 @@
 """nn.Sequential, nn.Residual, and what every Module has: names, state, no_grad, observe."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -346,14 +347,20 @@ def test_a_kept_gradient_stays(net, sparsity):
     assert [p.grad.ctypes.data for p in net.parameters()] == memory
 
 
-def test_a_deepcopy_has_not_run(net):
-    y = net(images()[0])
-    other = copy.deepcopy(net)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_has_not_run(net, copied):
+    x, _ = images()
+    y = net(x)
+    other = copied(net)
     with pytest.raises(ValueError, match="call"):
         other.backward(y)
     net.backward(y)
     assert all(p.grad is None for p in other.parameters())
-    assert other[0].weight.structure is net[0].weight.structure
+    np.testing.assert_array_equal(other.eval()(x), net.eval()(x))
+
+
+def test_a_deepcopy_shares_what_says_which_weights_are_stored(net):
+    assert copy.deepcopy(net)[0].weight.structure is net[0].weight.structure
 
 
 def test_deepcopy_is_independent(net):
