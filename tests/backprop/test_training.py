@@ -363,7 +363,7 @@ def test_resume(method, folder):
         (["--backprop", "resprop", "--reuse", "1"], "--reuse is 1.0, must be in [0, 1)"),
         (["--backprop", "mem-aop", "--policy", "topk2"], "--policy is 'topk2'"),
         (["--backprop", "top-k", "--k", "2"], "--k is 2.0, must be in (0, 1]"),
-        (["--backprop", "top-k", "--exact-layers", "77"], "exclude has '77', which matches none of the layers"),
+        (["--backprop", "top-k", "--exact-layers", "77"], "--exact-layers has '77', which matches none of the layers"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
