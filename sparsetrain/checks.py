@@ -1,6 +1,7 @@
 """Checks of arguments: each returns the value as it will be used, or says what came and what was wanted."""
 
 import difflib
+import fnmatch
 import math
 import operator
 
@@ -60,6 +61,14 @@ def fraction(argument, value):
     if not 0 <= result < 1:
         raise ValueError(f"{argument} is {value}, must be in [0, 1)")
     return result
+
+
+def globs(argument, value, names):
+    """value, of names or globs, each of which must match one of the layers `names`; "*" may match none."""
+    for glob in value:
+        if glob != "*" and not fnmatch.filter(names, glob):
+            raise ValueError(f"{argument} has {glob!r}, which matches none of the layers {', '.join(names)}")
+    return value
 
 
 def _within(argument, value, low, high):

@@ -1,8 +1,6 @@
 """What the command line calls by name: models, methods of sparsity and of backprop, and layers to keep dense."""
 
-import fnmatch
-
-from sparsetrain import backprop, sparsity
+from sparsetrain import backprop, checks, sparsity
 from sparsetrain.nn import models
 
 MODELS = ("small-cnn", "lenet5", "lenet300", "mlp", "resnet20", "resnet20-a", "resnet18", "vgg11")
@@ -46,7 +44,4 @@ def layers(names, model, option="--exclude"):
     """
     weights = [name.rpartition(".")[0] for name, p in model.named_parameters() if len(p.shape) > 1]
     ends = {"first": weights[0], "last": weights[-1]}
-    for name in names:
-        if name not in ends and not fnmatch.filter(weights, name):
-            raise ValueError(f"{option} has {name!r}, which matches none of the layers {', '.join(weights)}")
-    return [ends.get(name, name) for name in names]
+    return checks.globs(option, [ends.get(name, name) for name in names], weights)

@@ -158,7 +158,6 @@ def test_with_a_method_of_backprop(folder):
         (["--method", "rigl", "--change-until", "0"], "--change-until is 0, as is start: RigL would never change"),
         (["--method", "n:m", "--sparsity", "0.5"], "--sparsity is not for --method n:m"),
         (["--optimizer", "adam", "--momentum", "0.5"], "--momentum is not for --optimizer adam"),
-        (["--backprop", "top-k", "--exact-layers", "nope"], "--exact-layers has 'nope', which matches none"),
         (["--sparsity", "0", "--exclude", "nope"], "--exclude has 'nope', which matches none"),
         (["--weights", "a.pth"], "--weights"),
         (["--head", "new"], "--head"),

@@ -97,10 +97,8 @@ class Method:
         """
         found = [(n, m) for n, m in model.named_modules() if isinstance(m, (Conv2d, Linear))]
         names = [name for name, _ in found]
-        for argument, globs in (("exclude", self.exclude), ("layers", self.layers)):
-            for glob in globs:
-                if not fnmatch.filter(names, glob):
-                    raise ValueError(f"{argument} has {glob!r}, which matches none of the layers {', '.join(names)}")
+        checks.globs("exclude", self.exclude, names)
+        checks.globs("layers", self.layers, names)
         self.detach()
         self.optimizer = optimizer
         for index, (name, module) in enumerate(found):

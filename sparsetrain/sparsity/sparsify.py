@@ -22,10 +22,7 @@ def sparsifiable(model, exclude=(), include=("*",)):
     for argument, globs in (("exclude", exclude), ("include", include)):
         if isinstance(globs, str) or not isinstance(globs, (list, tuple)):
             raise TypeError(f"{argument} is {globs!r}, must be a sequence of layer names or globs")
-        for glob in globs:
-            names = [n for n, _ in layers]
-            if glob != "*" and not fnmatch.filter(names, glob):
-                raise ValueError(f"{argument} has {glob!r}, which matches none of the layers {', '.join(names)}")
+        checks.globs(argument, globs, [name for name, _ in layers])
 
     def matches(name, globs):
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
