@@ -120,14 +120,14 @@ def backward(structure, geometry, x, y, dx, formed):
     source, x_size = _band_input(x, geometry, reach, run, formed)
     dy = Layout.scratch(out, run + 2 * halo[0], width + 2 * halo[1], y.array.dtype)
     band = Layout.of((1, out, rows, width), strides(dy), y.array.dtype)
-    gradient = plans.weight_gradient(structure, geometry, source, band, tasks=1)
+    bands = blocks * -(-height // rows)
+    gradient = plans.weight_gradient(structure, geometry, source, band, tasks=1, times=bands)
     steps = []
     if dx is not None:
         _, channels, dx_height, dx_width, _ = dx.array.shape
         dx_rows = rows * stride[0] if rows < height else dx_height
         dx_band = Layout.of((1, channels, dx_rows, dx_width), strides(dx), y.array.dtype)
-        times = blocks * -(-height // rows)
-        steps = plans.input_gradient(structure, geometry, band, dx_band, tasks=1, times=times)
+        steps = plans.input_gradient(structure, geometry, band, dx_band, tasks=1, times=bands)
     parts = _band_parts(blocks * -(-height // run), structure.nnz, x.array.size + y.array.size)
     plan = core.BandPlan(
         run=run, rows=rows, parts=parts, stride=stride[0], padding=geometry.padding, reach=reach[0], forward=None,

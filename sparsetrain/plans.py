@@ -256,6 +256,20 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
     return Pass(plan)
 
 
+def _winograd_gradient(x, dy, grid, rows, channels, run, tasks):
+    """The plan of a weight gradient, `run` tiles of 2 x 2 pixels at once; grid: of the pixels."""
+    extent = winograd.tiles(grid.extent)
+    tile = winograd.task_tile(extent, run)
+    blocks, sums = winograd.gradient_blocks(rows, channels)
+    parts = min(max(1, tasks // blocks), math.prod(-(-n // size) for n, size in zip(extent, tile, strict=True)))
+    bounds = np.arange(blocks + 1, dtype=np.int32)
+    return _plan(
+        x, dy, Grid(extent, (4, 4), grid.x_origin, (2, 2), (2, 2)), tile, (0, 1, 2), channels, rows, ROWS_AT_ONCE,
+        np.zeros(0), np.zeros((blocks, 5), np.int32), bounds, bounds * sums, blocks * sums, parts, 16 * rows * channels,
+        run=run, size=grid.extent[1:],
+    )  # fmt: skip
+
+
 # ---- the three products of a layer
 
 # Below this sparsity the dense kernels are faster, zeros and all (2 threads, AVX-512, forward and backward). Seven
@@ -325,19 +339,19 @@ def _forward_entries(structure, geometry, x):
     return row, channel, _offsets(channel, kh * dh - ph, kw * dw - pw, x)
 
 
-def _winograd_run(structure, geometry, grid, rows, channels, x, times):
-    """That of winograd.choose_run() where it can run so, else 0."""
+def _winograd_run(choose, structure, geometry, grid, rows, channels, x, times):
+    """What `choose`, a function of winograd.py, says where a product can run so, else 0."""
     floats = x.array.dtype.kind == "f"
     if not (structure.dense and floats and winograd.fits(structure.shape[2:], geometry)):
         return 0
-    return winograd.choose_run(grid.extent, rows, channels, times)
+    return choose(grid.extent, rows, channels, times)
 
 
 def forward(structure, geometry, x, y, tasks=TASKS, times=1):
     """The Pass y = W x, in at least so many tasks if the shape allows. times: so often it runs with the same values."""
     grid = _forward_grid(structure, geometry, x, y)
     rows, channels = structure.shape[0], x.array.shape[1]
-    run = _winograd_run(structure, geometry, grid, rows, channels, x, times)
+    run = _winograd_run(winograd.choose_run, structure, geometry, grid, rows, channels, x, times)
     if run:
         return _winograd(x, y, grid, rows, channels, (9 * channels, 9, False), run, tasks)
     row, channel, offsets = _forward_entries(structure, geometry, x)
@@ -353,7 +367,7 @@ def input_gradient(structure, geometry, dy, dx, tasks=TASKS, times=1):
     taps, n_channels = kernel_h * kernel_w, dx.array.shape[1]
     blocks, _, height, width, _ = dx.array.shape
     around = Grid((blocks, height, width), (kernel_h, kernel_w), (ph + 1 - kernel_h, pw + 1 - kernel_w))
-    run = _winograd_run(structure, geometry, around, n_channels, out, dy, times)
+    run = _winograd_run(winograd.choose_run, structure, geometry, around, n_channels, out, dy, times)
     if run:
         return [_winograd(dy, dx, around, n_channels, out, (9, 9 * n_channels, True), run, tasks)]
     row, channel, kh, kw = _entries(structure, geometry)
@@ -407,11 +421,14 @@ def _gradient_parts(tiles, tasks, row_blocks, x_size, weights):
     return min((p for p in (1, 2, 4, 8, 16) if p <= min(tiles, tasks)), key=cost, default=1)
 
 
-def weight_gradient(structure, geometry, x, dy, tasks=TASKS):
-    """The plan dW = <dy, x> at the stored weights, in the parameter's order."""
-    row, channel, offsets = _forward_entries(structure, geometry, x)
+def weight_gradient(structure, geometry, x, dy, tasks=TASKS, times=1):
+    """The plan dW = <dy, x> at the stored weights, in the parameter's order. times: so often it adds to the same sums."""
     grid = _forward_grid(structure, geometry, x, dy)
     out, weights, channels = structure.shape[0], structure.nnz, x.array.shape[1]
+    run = _winograd_run(winograd.choose_gradient_run, structure, geometry, grid, out, channels, x, times)
+    if run:
+        return _winograd_gradient(x, dy, grid, out, channels, run, tasks)
+    row, channel, offsets = _forward_entries(structure, geometry, x)
     if row is None:
         order, tile, group = dense_gradient_tile(grid, channels, x.array.itemsize)
     else:

@@ -1,8 +1,8 @@
-"""Which dense 3x3 convolutions run with fewer multiply-adds, and how: by tiles of 2 x 2 pixels (winograd.hh)."""
+"""Which products of dense 3x3 convolutions run with fewer multiply-adds, and how: by tiles of 2 x 2 pixels (winograd.hh)."""
 
 import math
 
-from sparsetrain._kernels.core import MAX_RUN
+from sparsetrain._kernels.core import MAX_RUN, gradient_block
 from sparsetrain.choices import kept
 
 RATE = 2.25  # multiply-adds of the sums over the taps for each that is left
@@ -36,6 +36,19 @@ def choose_run(output, rows, channels, times):
     transformed = 16 / 2 * rows * channels * n / 0.88 + 135 * n * (rows + channels) + 65 * rows * channels
     # Runs of 4 to 18 tiles take the same time within 4 %, longer ones leave L2: up to 1.3 times.
     return min(MAX_RUN, n) if transformed < 0.95 * taps else 0
+
+
+@kept("winograd gradient", about=("output", "rows", "channels", "times"), says=("run",), check=_check)
+def choose_gradient_run(output, rows, channels, times):
+    """The same of a weight gradient, whose sums over so many outputs are transformed once."""
+    n = times * math.prod(tiles(output))
+    return min(MAX_RUN, n) if min(rows, channels) >= 16 and n >= 16 else 0
+
+
+def gradient_blocks(rows, channels):
+    """Into how many blocks of weights a gradient of so many is cut, and the sums of each."""
+    height, width = gradient_block(rows, channels)
+    return -(-rows // height) * -(-channels // width), 16 * height * width
 
 
 def task_tile(extent, run):

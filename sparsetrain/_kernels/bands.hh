@@ -155,12 +155,15 @@ template <class T> INLINE void run_band(const Product<T> &p, T *scratch, Ahead<T
 template <class T> INLINE long band_segments(const Product<T> &p) {
     return (p.run ? winograd_tiles(p) : n_tiles(p)) * n_segments(p, 0);
 }
-// The time that a pass takes for a row, as a share of the product's for a segment: by counting vector operations, 4 a pixel
-// (loads, a store, waiting for L2) and 4 a position for its sums.
-template <class T> INLINE double row_time(const Product<T> &p, long width) {
+template <class T> INLINE long gradient_segments(const Product<T> &p, long chunks) {
+    return p.run ? chunks * n_tiles(p) * gradient_fetches(p, cut(p, 0)) : band_segments(p);
+}
+// The time that a pass takes for a row, as a share of the product's for one of its segments: by counting vector operations, 4 a
+// pixel (loads, a store, waiting for L2) and 4 a position for its sums.
+template <class T> INLINE double row_time(const Product<T> &p, long segments, long width) {
     if (!p.n_values) return 0;
     const double positions = double(p.extent[0] * p.extent[1] * p.extent[2]);
-    return 4 * width * double(band_segments(p)) / (positions * double(p.n_values + 4 * n_segments(p, 0)));
+    return 4 * width * double(segments) / (positions * double(p.n_values + 4 * n_segments(p, 0)));
 }
 
 template <class T>
@@ -241,7 +244,8 @@ template <class T> void conv_band(const Bands<T> *a, long task, T *scratch) {
             if (!a->keep_far) fetch_rows(ahead, a->keep, a->x_shape, own_rows(*a, next), true);
         }
         const long summed = a->moments ? a->y_shape.channels * (b.last - b.first) : 0;
-        ahead.spread_over(band_segments(p), run.formed_x() + summed, row_time(p, a->y_shape.width));
+        const long segments = band_segments(p);
+        ahead.spread_over(segments, run.formed_x() + summed, row_time(p, segments, a->y_shape.width));
         p.x = run.x(scratch, ahead), p.y = pixel_row(a->y, b.block, 0, b.first);
         run_band(p, scratch + a->x_size, ahead);
         if (a->moments)
@@ -264,7 +268,8 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
             const Run<T> coming = run.following(task + 1 < end ? task + 1 : later);
             const Band &b = run.now, &next = coming.now, own = own_rows(*a, b);
             Product<T> gradient = band_of(a->gradient, a->gradient_axis, b.last - b.first), phases[MAX_PHASES];
-            long n = 0, segments = band_segments(gradient);
+            const long of_gradient = gradient_segments(gradient, a->gradient_chunks);
+            long n = 0, segments = of_gradient;
             for (int i = 0; i < a->phases; i++) {
                 const long rows = (own.last - own.first - i / a->phases_across + a->stride - 1) / a->stride;
                 if (rows <= 0) continue;
@@ -281,10 +286,12 @@ template <class T> void conv_band_backward(const Bands<T> *a, long part, T *scra
             }
             const long summed = sums ? a->x_shape.channels * (own.last - own.first) : 0;
             const long rows = run.formed_x() + run.formed_dy() + summed;
-            ahead.spread_over(segments, rows, row_time(gradient, a->y_shape.width));
+            ahead.spread_over(segments, rows, row_time(gradient, of_gradient, a->y_shape.width));
             const T *x = run.x(scratch, ahead), *dy = run.dy(dy_scratch, lanes, ahead);
             gradient.x = x, gradient.y = const_cast<T *>(dy);
-            for (long i = 0; i < n_tiles(gradient); i++) sddmm_task(gradient, 0, cut(gradient, i), dvalues, ahead);
+            for (long chunk = 0; chunk < a->gradient_chunks; chunk++)
+                for (long i = 0; i < n_tiles(gradient); i++)
+                    sddmm_task(gradient, chunk, cut(gradient, i), dvalues, tile_scratch, ahead);
             for (long i = 0; i < n; i++) phases[i].x = dy, run_band(phases[i], tile_scratch, ahead);
             if (sums) mask_and_sum(*a, own, sums, ahead);
         }

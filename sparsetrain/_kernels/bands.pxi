@@ -28,7 +28,7 @@ cdef class BandPlan:
         self.x_channel, self.x_row, self.x_size, self.dy_size = p.x_strides[1], p.x_strides[2], x_size, dy_size
         if gradient is not None:
             self.dy_channel, self.dy_row = gradient.y_strides[1], gradient.y_strides[2]
-        self.tile_size = 0
+        self.tile_size = 0 if gradient is None else gradient.scratch_size()
         for p in self.input if forward is None else (forward,):
             self.tile_size = max(self.tile_size, p.scratch_size())
 
@@ -156,14 +156,13 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     """
     cdef:
         Bands[floating] a = bands(plan, images, x, y, relu, added, formed, scale, shift)
-        long parts = plan.parts, n = plan.gradient.n_values, i, c, chunks, each
+        long parts = plan.parts, n = plan.gradient.n_values, i, c, each
         bint back = turn()
         int threads = team(parts, plan.gradient.work * parts)
         Buffer partial = Buffer("parts", n * parts * sizeof(floating)), scratch
         const floating[::1] v
         floating *s
         floating *p = <floating *>partial.data
-        floating *gp
         vector[double] sums
         vector[floating] mean_g, slope
         Plan step
@@ -184,8 +183,8 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     a.dy_halo[0], a.dy_halo[1] = plan.dy_halo[0], plan.dy_halo[1]
     a.dy_channel, a.dy_row, a.dy_size = plan.dy_channel, plan.dy_row, plan.dy_size
     a.gradient, a.gradient_axis = product_of(plan.gradient, <floating>0), row_axis(plan.gradient)
-    a.gradient.dvalues = p
-    same_length("grad", grad.shape[0], n)
+    a.gradient.dvalues, a.gradient_chunks = p, plan.gradient.n_chunks
+    same_length("grad", grad.shape[0], plan.gradient.n_weights())
     a.sums = NULL
     if dx is not None:
         same_shape(x, dx)
@@ -205,12 +204,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     a.later = -threads if back else threads
     for i in prange(parts, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band_backward(&a, parts - 1 - i if back else i, s + each * threadid())
-    if n:
-        gp = &grad[0]  # OUT
-        threads = team(2, <double>n * parts)
-        chunks = chunks_of(n, threads)
-        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, p, gp, accumulate)
+    join_parts(plan.gradient, parts, p, grad, accumulate)  # OUT grad
     if a.sums != NULL:
         add_up(sums, x.shape[1], x_sums)
 

@@ -46,6 +46,7 @@ inline void use(const Build *b, const Int8Kernels *int8) {
 CALL(spmm)
 CALL(winograd_weights)
 CALL(sddmm)
+CALL(winograd_gradient)
 CALL(add_parts)
 CALL(pack_features)
 CALL(linear_gradient)

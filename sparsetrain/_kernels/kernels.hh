@@ -28,6 +28,10 @@ enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from th
 enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
 enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
 enum { MAX_RUN = 8 };          // tiles of a run (winograd.hh)
+// The weights of a chunk of its weight gradient: so many rows, and so many channels, 16 at least and 0 past the last.
+enum { BLOCK = 64 };
+static inline long gradient_height(long rows) { return rows < BLOCK ? rows : BLOCK; }
+static inline long gradient_width(long channels) { return channels < BLOCK ? (channels + 15) / 16 * 16 : BLOCK; }
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
 // Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into
@@ -110,6 +114,7 @@ template <class T> struct Bands {
     const T *y_scale, *y_mean, *mean_g, *slope;
     long dy_halo[2], dy_channel, dy_row, dy_size;
     Product<T> gradient, input[MAX_PHASES];
+    long gradient_chunks;
     int gradient_axis, input_axis[MAX_PHASES], phases, phases_across;
     long input_origin[MAX_PHASES];
     double *sums;  // or null: 2 a part and channel of x, for the batch norm of x
@@ -185,8 +190,10 @@ template <class T> struct Kernels {
     void (*winograd_weights)(long begin, long end, long rows, long columns, long row_step, long column_step, bool flip,
                              const T *weights, T *out);
     // dvalues[e] = sum over positions p of dy[row(e), p] x[p + offsets[e]], dy being Product::y.
-    // One task is one chunk of rows over one of `parts` runs of tiles.
-    void (*sddmm)(const Product<T> *, long task);
+    // One task is one chunk of rows, or block of weights, over one of `parts` runs of tiles.
+    void (*sddmm)(const Product<T> *, long task, T *scratch);
+    // grad (rows, columns, 3, 3) (+)= the sum over parts of the sums of winograd.hh, for the rows [begin, end)
+    void (*winograd_gradient)(long begin, long end, long rows, long columns, long parts, const T *sums, T *grad, bool accumulate);
     // grad[i] (+)= sum over parts of dvalues[part * n + i]
     void (*add_parts)(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate);
     // Features of 1x1 pixels in groups of `features` (see Build), an image's side by side; the groups [begin, end)

@@ -28,6 +28,8 @@ cdef extern from "dispatch.hh" nogil:
     enum: STEPS
     enum: ROWS_AT_ONCE
     enum: MAX_RUN
+    long gradient_height(long rows)
+    long gradient_width(long channels)
     enum: MAX_PHASES
     enum: MAX_ADDED
     enum: CHAINED_VALUES
@@ -83,6 +85,7 @@ cdef extern from "dispatch.hh" nogil:
         long dy_halo[2]
         long dy_channel, dy_row, dy_size
         Product[T] gradient
+        long gradient_chunks
         int gradient_axis, phases, phases_across
         double *sums
         long parts
@@ -140,7 +143,8 @@ cdef extern from "dispatch.hh" nogil:
 
     void spmm[T](const Product[T] *, long, T *)
     void winograd_weights[T](long, long, long, long, long, long, bint, const T *, T *)
-    void sddmm[T](const Product[T] *, long)
+    void sddmm[T](const Product[T] *, long, T *)
+    void winograd_gradient[T](long, long, long, long, long, const T *, T *, bint)
     void add_parts[T](long, long, long, long, const T *, T *, bint)
     void pack_features[T](long, long, long, long, View[T], T *)
     void linear_gradient[T](long, long, long, long, long, long, const T *, View[T], T *, bint)

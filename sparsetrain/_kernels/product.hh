@@ -286,6 +286,18 @@ template <class T> void pack_features(long begin, long end, long blocks, long fe
         }
 }
 
+// acc[row][register] += the sum over i < n of rows[row][i] x[i][register].
+template <int U, int Q, class T> INLINE void add_outer_products(V<T> (&acc)[U][Q], const T *const (&rows)[U], const T *x, long n) {
+    for (long i = 0; i < n; i++, x += Q * Vec<T>::lanes) {
+        V<T> xv[Q];
+        UNROLL for (int q = 0; q < Q; q++) xv[q] = load(x + q * Vec<T>::lanes);
+        UNROLL for (int u = 0; u < U; u++) {
+            const V<T> g = splat(rows[u][i]);
+            UNROLL for (int q = 0; q < Q; q++) acc[u][q] += g * xv[q];
+        }
+    }
+}
+
 template <class T>
 void linear_gradient(long begin, long end, long first_group, long last_group, long blocks, long features, const T *packed,
                      View<T> dy, T *grad, bool accumulate) {
@@ -298,17 +310,10 @@ void linear_gradient(long begin, long end, long first_group, long last_group, lo
             const bool whole = features - first >= FEATURES<T>;
             V<T> acc[U][Q] = {};
             const T *x = packed + group * blocks * IMAGES * FEATURES<T>;
-            for (long b = 0; b < blocks; b++) {
+            for (long b = 0; b < blocks; b++, x += IMAGES * FEATURES<T>) {
                 const T *g[U];  // past the last row: the last one again, its sums are dropped
                 for (int u = 0; u < U; u++) g[u] = dy.data + b * dy.block + (row + (u < rows ? u : rows - 1)) * dy.channel;
-                for (long lane = 0; lane < IMAGES; lane++, x += FEATURES<T>) {
-                    V<T> xv[Q];
-                    UNROLL for (int q = 0; q < Q; q++) xv[q] = load(x + q * L);
-                    UNROLL for (int u = 0; u < U; u++) {
-                        const V<T> gv = splat(g[u][lane]);
-                        UNROLL for (int q = 0; q < Q; q++) acc[u][q] += gv * xv[q];
-                    }
-                }
+                add_outer_products<U, Q, T>(acc, g, x, IMAGES);
             }
             for (int u = 0; u < rows; u++) {
                 T *out = grad + (row + u) * features + first, part[FEATURES<T>];
@@ -407,7 +412,11 @@ template <class T> void spmm_task(const Product<T> &a, long chunk, const Tile &t
         if (a.run) return winograd_task(a, chunk, t, scratch, ahead);
     tiles_task(a, chunk, t, scratch, ahead);
 }
-template <class T> void sddmm_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, Ahead<T> &ahead) {
+template <class T>
+void winograd_gradient_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, T *scratch, Ahead<T> &ahead);
+template <class T>
+void sddmm_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, T *scratch, Ahead<T> &ahead) {
+    if (a.run) return winograd_gradient_task(a, chunk, t, dvalues, scratch, ahead);
     const Segment *begin = a.segments + a.chunks[chunk], *end = a.segments + a.chunks[chunk + 1];
     const T *x = a.x + distance(t.first, a.x_step), *dy = a.y + distance(t.first, a.y_step);
     const bool next_to = a.x_step[2] == IMAGES;
@@ -430,7 +439,8 @@ template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
     if (a->far) finish_stores();
 }
 
-template <class T> void sddmm(const Product<T> *a, long task) {
+template <class T> INLINE long gradient_fetches(const Product<T> &a, const Tile &t);
+template <class T> void sddmm(const Product<T> *a, long task, T *scratch) {
     FlushToZero flush;
     const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts, stop = n * (part + 1) / a->parts;
     T *dvalues = a->dvalues + part * a->n_values;
@@ -441,8 +451,9 @@ template <class T> void sddmm(const Product<T> *a, long task) {
             const Tile next = cut(*a, number + 1);
             fetch_x(ahead, *a, next), fetch_dy(ahead, *a, next);
         }
-        ahead.spread_over(n_segments(*a, chunk));
-        sddmm_task(*a, chunk, cut(*a, number), dvalues, ahead);
+        const Tile tile = cut(*a, number);
+        ahead.spread_over(a->run ? gradient_fetches(*a, tile) : n_segments(*a, chunk));
+        sddmm_task(*a, chunk, tile, dvalues, scratch, ahead);
     }
 }
 

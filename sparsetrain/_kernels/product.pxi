@@ -70,9 +70,20 @@ cdef class Plan:
         return self.n_tiles * self.n_chunks
 
     cdef long scratch_size(self):
-        """Elements of scratch that a task of spmm() needs."""
+        """Elements of scratch that a task of spmm() or sddmm() needs."""
+        if self._first_value is not None:
+            return 4 * 16 * self.run * (kernels.gradient_height(self.rows) + kernels.gradient_width(self.channels))
         cdef long rows = self.rows + self.rows_at_once, transformed = 4 * (self.channels + self.rows) * (self.run | 1)
         return 16 * (transformed + rows * self.run_tile if self.run else rows * self._tile[1] * self._tile[2])
+
+    cdef long n_weights(self):
+        """Values of the parameter."""
+        return 9 * self.rows * self.channels if self.run else self.n_values
+
+
+def gradient_block(long rows, long channels):
+    """(height, width) of the blocks of weights of winograd.hh's weight gradient."""
+    return kernels.gradient_height(rows), kernels.gradient_width(channels)
 
 
 # An array of so many bytes has left L3 (32 MB) before it is read again: it is stored past the caches, whose lines need not be
@@ -127,14 +138,14 @@ cdef const floating *values_of(Plan p, const floating[::1] values, list held) ex
     """The plan's values, of those given. Where they are made of these, winograd.hh's G w G^T (16, rows, channels), they lie in
     memory that is used again once `held` is gone."""
     cdef:
-        long rows = p.rows, columns = p.channels, n = 9 * rows * columns if p.run else p.n_values, c
+        long rows = p.rows, columns = p.channels, c
         int threads
         long chunks
         const floating *w
         floating *o
         Buffer buffer
-    same_length("values", values.shape[0], n)
-    if n == 0:
+    same_length("values", values.shape[0], p.n_weights())
+    if p.n_values == 0:
         return NULL
     w = &values[0]
     if not p.run:
@@ -179,28 +190,42 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
     """grad[e] = (grad[e] if accumulate) + the sum over positions p of dy[row(e), p] x[p + offsets[e]]."""
     cdef:
         Product[floating] a = product(plan, x, dy)
-        long tasks = plan.n_chunks * plan.parts, n = plan.n_values, i, c
+        long tasks = plan.n_chunks * plan.parts, n = plan.n_values, i
         int threads = team(tasks, plan.work / 8)
-        bint direct = plan.parts == 1 and not accumulate
-        Buffer parts
-        floating *p
-        floating *g
-        long chunks
-    same_length("grad", grad.shape[0], n)
+        bint direct = plan.parts == 1 and not accumulate and not plan.run
+        Buffer parts, scratch
+        long each = plan.scratch_size()
+        floating *s
+    same_length("grad", grad.shape[0], plan.n_weights())
     if n == 0:
         return
-    g = &grad[0]  # OUT
     if not direct:
         parts = Buffer("parts", n * plan.parts * sizeof(floating))
-    p = g if direct else <floating *>parts.data
-    a.dvalues = p
+    a.dvalues = &grad[0] if direct else <floating *>parts.data  # OUT
+    scratch = Buffer("scratch", each * threads * sizeof(floating))
+    s = <floating *>scratch.data
     for i in prange(tasks, nogil=True, num_threads=threads, schedule="dynamic"):
-        kernels.sddmm(&a, i)
+        kernels.sddmm(&a, i, s + each * threadid())
     if not direct:
-        threads = team(2, <double>n * plan.parts)
-        chunks = chunks_of(n, threads)
-        for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, a.parts, p, g, accumulate)
+        join_parts(plan, plan.parts, a.dvalues, grad, accumulate)  # OUT grad
+
+
+cdef int join_parts(Plan plan, long parts, const floating *values, floating[::1] grad, bint accumulate) except -1:
+    """grad = (grad if accumulate) + the sum of so many partial gradients of n_values each."""
+    cdef:
+        long n = plan.n_values, rows = plan.rows, columns = plan.channels, all = rows if plan.run else n, c
+        int threads = team(rows, <double>n * parts)
+        long chunks = chunks_of(all, threads)
+        floating *g
+    if n == 0:
+        return 0
+    g = &grad[0]  # OUT
+    for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
+        if plan.run:
+            kernels.winograd_gradient(rows * c // chunks, rows * (c + 1) // chunks, rows, columns, parts, values, g, accumulate)
+        else:
+            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, values, g, accumulate)
+    return 0
 
 
 def linear_gradient(floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floating[:, ::1] grad, bint accumulate):
