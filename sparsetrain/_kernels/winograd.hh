@@ -180,30 +180,35 @@ template <class T> struct GradientBlock {
 // Sums in registers, channels side by side in up to TURNED of them.
 constexpr int TURNED = 2, TURNED_ROWS = REGISTERS == 32 ? 12 : 6;
 
-// Row XI of B^T x B of the block's channels, 0 past the last: v[column][TURNED registers of channels][tile, image][channel].
+// Row XI of B^T x B of the block's channels, anything past the last: v[column][TURNED registers of channels][tile, image][channel].
 template <int XI, class T> void turn_x(const Product<T> &a, const WinogradTiles &w, const GradientBlock<T> &b, T *v) {
     constexpr int L = Vec<T>::lanes;
-    const long n = w.n * IMAGES, x_channel = a.x_channel, width = b.width, column = width * n;
+    alignas(LINE) T turned[4 * MAX_RUN][IMAGES][L];  // columns of B^T x
+    const long n = w.n * IMAGES, width = b.width, column = width * n;
     const RowOfX<XI, T> row(a);
     for (long c = 0; c < width; c += L) {
-        const long group = c / (TURNED * L) * (TURNED * L), side = width - group < TURNED * L ? width - group : TURNED * L;
-        const long real = b.channels - c, origin = (b.channel + c) * x_channel;
-        for (long i = 0; i < w.n; i++)
-            for (long lane = 0; lane < IMAGES; lane += L) {
-                T *out = v + group * n + (i * IMAGES + lane) * side + c - group;
-                const long columns[4] = {0, IMAGES, 2 * IMAGES, w.last_column[i]};
-                UNROLL for (int nu = 0; nu < 4; nu++, out += column) {
-                    const long first = columns[RowOfX<0, T>::FIRST[nu]], second = columns[RowOfX<0, T>::SECOND[nu]];
-                    V<T> turned[L];
-                    UNROLL for (int k = 0; k < L; k++) {
-                        const long at = origin + k * x_channel + lane;
-                        if (k >= real) turned[k] = V<T>{};
-                        else if (nu == 1) turned[k] = row.values(w, i, at + first) + row.values(w, i, at + second);
-                        else turned[k] = row.values(w, i, at + first) - row.values(w, i, at + second);
-                    }
-                    transpose<T>(turned);
-                    UNROLL for (int k = 0; k < L; k++) store(out + k * side, turned[k]);
+        long channel[L], begin[MAX_RUN], found = 0;
+        for (long k = 0; k < L; k++) channel[k] = (b.channel + (c + k < b.channels ? c + k : 0)) * a.x_channel;
+        for (long i = 0; i < w.n; i++) {
+            const bool joins = i && w.x[i] == w.x[i - 1] + 2 * IMAGES;  // the tile before, whose last columns are its first
+            begin[i] = found - (joins ? 2 : 0);
+            for (long k = joins ? 2 : 0; k < 4; k++, found++)
+                for (long lane = 0; lane < IMAGES; lane += L) {
+                    const long at = (k < 3 ? k * IMAGES : w.last_column[i]) + lane;
+                    V<T> d[L];
+                    UNROLL for (int j = 0; j < L; j++) d[j] = row.values(w, i, channel[j] + at);
+                    transpose<T>(d);
+                    UNROLL for (int j = 0; j < L; j++) store(turned[found][lane + j], d[j]);
                 }
+        }
+        const long group = c / (TURNED * L) * (TURNED * L), side = width - group < TURNED * L ? width - group : TURNED * L;
+        T *out = v + group * n + c - group;
+        for (long i = 0; i < w.n; i++)
+            for (long image = 0; image < IMAGES; image++, out += side) {
+                const auto d = [&](int k) INLINE_MEMBER { return load(turned[begin[i] + k][image]); };
+                const V<T> d0 = d(0), d1 = d(1), d2 = d(2), d3 = d(3);
+                store(out, d0 - d2), store(out + column, d1 + d2);
+                store(out + 2 * column, d2 - d1), store(out + 3 * column, d1 - d3);
             }
     }
 }
