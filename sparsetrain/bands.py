@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsetrain import plans, tiles
+from sparsetrain import plans
 from sparsetrain._kernels import core
 from sparsetrain.choices import kept
 from sparsetrain.plans import TASKS, strides
@@ -54,12 +54,12 @@ def _check_rows(isa, about, says):
         )
 
 
-@kept("bands", about=("blocks", "height", "line_bytes", "least"), says=("run", "rows"), check=_check_rows)
-def _run_and_rows(blocks, height, line_bytes, least):
-    """Output rows of a task, TASKS of them where the shape allows, and of a band, `least` where the task has them."""
+@kept("bands", about=("blocks", "height", "line_bytes"), says=("run", "rows"), check=_check_rows)
+def _run_and_rows(blocks, height, line_bytes):
+    """Output rows of a task, TASKS of them where the shape allows, and of a band, 2 at least where the task has them."""
     runs = min(-(-TASKS // blocks), max(1, height // 8))
     run = -(-height // runs)
-    bands = -(-run // max(least, BAND_BYTES // line_bytes // 2 * 2))
+    bands = -(-run // max(2, BAND_BYTES // line_bytes // 2 * 2))
     return run, min(run, -(-run // bands // 2) * 2)
 
 
@@ -83,7 +83,7 @@ def forward(structure, geometry, x, y, formed):
     reach = geometry.reach(kernel)
     blocks, out, height, width, _ = y.array.shape
     line_bytes = 0 if formed else geometry.stride[0] * _line_bytes(x, 2 * geometry.padding[1])
-    run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 0), 2)
+    run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 0))
     source, size = _band_input(x, geometry, reach, run, formed)
     band = Layout.of((1, out, rows, width), strides(y), y.array.dtype)
     step = plans.forward(structure, geometry, source, band, tasks=1, times=blocks * -(-height // rows))
@@ -115,8 +115,7 @@ def backward(structure, geometry, x, y, dx, formed):
     halo = max(halo[0], -(-geometry.padding[0] // stride[0])), halo[1]  # a row of dx may read rows of dy below its own
     blocks, out, height, width, _ = y.array.shape
     line_bytes = 0 if formed else stride[0] * _line_bytes(x, 2 * geometry.padding[1])
-    least = -(-tiles.GRADIENT_POSITIONS // width // 2) * 2 if structure.dense else 2
-    run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 2 * halo[1]), least)
+    run, rows = _run_and_rows(blocks, height, line_bytes + _line_bytes(y, 2 * halo[1]))
     source, x_size = _band_input(x, geometry, reach, run, formed)
     dy = Layout.scratch(out, run + 2 * halo[0], width + 2 * halo[1], y.array.dtype)
     band = Layout.of((1, out, rows, width), strides(dy), y.array.dtype)

@@ -19,6 +19,7 @@ from sparsetrain.choices import kept
 from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
+BLOCK = 64  # output channels of a chunk of a dense weight gradient, and input channels with winograd.hh: its sums stay in L2
 
 
 class Geometry(NamedTuple):
@@ -132,6 +133,7 @@ def _cut_rows(weights_of_row, pieces):
 def _plan(
     x, y, grid, tile, order, group, rows, rows_at_once, offsets, segments, chunks, first_value, n_values, parts,
     weights, places=None, row_step=0, run=0, run_tile=0, size=(0, 0), transform=(0, 0, False),
+    columns=0, block=(0, 0),
 ):  # fmt: skip
     positions = math.prod(grid.extent)
     # A tile's first rows and columns of x are the last ones of the tiles before, and need not be fetched again; rows
@@ -172,6 +174,8 @@ def _plan(
         run_tile=run_tile,
         size=size,
         transform=transform,
+        columns=columns,
+        block=block,
     )
 
 
@@ -256,17 +260,31 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
     return Pass(plan)
 
 
-def _winograd_gradient(x, dy, grid, rows, channels, run, tasks):
-    """The plan of a weight gradient, `run` tiles of 2 x 2 pixels at once; grid: of the pixels."""
-    extent = winograd.tiles(grid.extent)
-    tile = winograd.task_tile(extent, run)
-    blocks, sums = winograd.gradient_blocks(rows, channels)
-    parts = min(max(1, tasks // blocks), math.prod(-(-n // size) for n, size in zip(extent, tile, strict=True)))
-    bounds = np.arange(blocks + 1, dtype=np.int32)
+def _dense_gradient(x, dy, grid, rows, offsets, run, tasks):
+    """The plan of a dense layer's weight gradient, `run` tiles of 2 x 2 pixels at once unless that is 0; offsets: of the
+    entries of a row."""
+    channels, lanes = x.array.shape[1], core.vector_lanes(x.array.dtype)
+    size = grid.extent[1:]
+    if run:
+        extent, columns, sums = winograd.tiles(grid.extent), channels, 16
+        grid = Grid(extent, (4, 4), grid.x_origin, (2, 2), (2, 2))
+        order, tile = (0, 1, 2), winograd.task_tile(extent, run)
+    else:
+        columns, sums = len(offsets), 1
+        # Too few outputs for more than a register of them, or so few weights of each that sums take little of the caches.
+        few = 2 * rows <= 3 * lanes or columns <= 32
+        order, tile = dense_gradient_tile(grid, few)
+    tiles = math.prod(-(-grid.extent[axis] // n) for axis, n in zip(order, tile, strict=True))
+    across = -(-rows // BLOCK)
+    down = max(-(-channels // BLOCK) if run else 1, min(-(-tasks // (across * tiles)), columns // 32))
+    block = -(-columns // down), -(-rows // across // lanes) * lanes
+    chunks, sums = -(-columns // block[0]) * across, sums * math.prod(block)
+    weights = (16 if run else 1) * rows * columns
+    bounds = np.arange(chunks + 1, dtype=np.int32)
     return _plan(
-        x, dy, Grid(extent, (4, 4), grid.x_origin, (2, 2), (2, 2)), tile, (0, 1, 2), channels, rows, ROWS_AT_ONCE,
-        np.zeros(0), np.zeros((blocks, 5), np.int32), bounds, bounds * sums, blocks * sums, parts, 16 * rows * channels,
-        run=run, size=grid.extent[1:],
+        x, dy, grid, tile, order, channels, rows, ROWS_AT_ONCE, offsets, np.zeros((chunks, 5), np.int32), bounds,
+        bounds * sums, chunks * sums, max(1, min(tasks // chunks, tiles)), weights, run=run, size=size, columns=columns,
+        block=block,
     )  # fmt: skip
 
 
@@ -425,29 +443,19 @@ def weight_gradient(structure, geometry, x, dy, tasks=TASKS, times=1):
     """The plan dW = <dy, x> at the stored weights, in the parameter's order. times: so often it adds to the same sums."""
     grid = _forward_grid(structure, geometry, x, dy)
     out, weights, channels = structure.shape[0], structure.nnz, x.array.shape[1]
-    run = _winograd_run(winograd.choose_gradient_run, structure, geometry, grid, out, channels, x, times)
-    if run:
-        return _winograd_gradient(x, dy, grid, out, channels, run, tasks)
     row, channel, offsets = _forward_entries(structure, geometry, x)
     if row is None:
-        order, tile, group = dense_gradient_tile(grid, channels, x.array.itemsize)
-    else:
-        limit = core.tile_limits()[1]
-        order, tile, group = choose_tile(grid, out, channels, weights, limit, 1, x.array.itemsize, True)
+        run = _winograd_run(winograd.choose_gradient_run, structure, geometry, grid, out, channels, x, times)
+        return _dense_gradient(x, dy, grid, out, offsets, run, tasks)
+    limit = core.tile_limits()[1]
+    order, tile, group = choose_tile(grid, out, channels, weights, limit, 1, x.array.itemsize, True)
     tiles = math.prod(-(-grid.extent[axis] // size) for axis, size in zip(order, tile, strict=True))
-    at_once = ROWS_AT_ONCE if row is None else 1
-    blocks = -(-out // at_once)
-    parts = _gradient_parts(tiles, tasks, blocks, x.array.size, weights)
-    if row is None:
-        segments, bounds, chunks = _dense_segments(out, channel // group, tasks // parts)
-        first_value = np.minimum(chunks * at_once, out) * len(offsets)
-    else:
-        indptr = structure.csr()[0]
-        chunks = _cut_rows(np.diff(indptr), tasks // parts)
-        segments, bounds = _segments(row, channel // group, chunks, every_row=False)
-        offsets = offsets[_as_met(segments)]
-        first_value = indptr[chunks]
+    parts = _gradient_parts(tiles, tasks, out, x.array.size, weights)
+    indptr = structure.csr()[0]
+    chunks = _cut_rows(np.diff(indptr), tasks // parts)
+    segments, bounds = _segments(row, channel // group, chunks, every_row=False)
+    offsets = offsets[_as_met(segments)]
     return _plan(
-        x, dy, grid, tile, order, group, out, at_once, offsets, segments, bounds, first_value.astype(np.int32), weights,
+        x, dy, grid, tile, order, group, out, 1, offsets, segments, bounds, indptr[chunks].astype(np.int32), weights,
         parts, weights,
     )  # fmt: skip

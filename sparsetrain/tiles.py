@@ -18,9 +18,9 @@ L2_BYTES, L2_RISE = 600 << 10, 400 << 10
 # sums of all rows and what is fetched for the next tile are there too.
 AHEAD_BYTES, AHEAD_RISE = 80 << 10, 320 << 10
 
-# Positions of a dense weight gradient's tile: dy of four output channels stays in L1. Each tile ends with sums over the
-# lanes. Dense steps with bands of so many positions, in turn with bands of two rows: ResNet-20 0.97, VGG-11 0.98.
-GRADIENT_POSITIONS = 96
+# Positions of a dense weight gradient's tile: what they have of dy, turned, stays in the caches. Its sums are loaded and
+# stored for each, or, where outputs are few, are sums over the lanes.
+GRADIENT_POSITIONS, FEW_POSITIONS = 32, 96
 
 ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))
 _GRID = ("extent", "taps", "x_pixels")
@@ -31,9 +31,13 @@ def _is_compiled(r, w, limit):
     return 1 <= r <= 4 and 1 <= w <= 16 and r * w <= limit and (w <= 8 or r <= 2)
 
 
-def _check_group(about, says):
+def _check_order(says):
     if says["order"] not in ORDERS:
         raise ValueError(f"order is {says['order']}, must be one of {', '.join(map(str, ORDERS))}")
+
+
+def _check_group(about, says):
+    _check_order(says)
     if not 1 <= says["group"] <= about["channels"]:
         raise ValueError(f"group is {says['group']}, must be in [1, {about['channels']}], as there are channels")
 
@@ -132,28 +136,20 @@ def _share(size, begin, rise):
 
 
 def _check_dense_tile(isa, about, says):
-    _check_group(about, says)
+    _check_order(says)
     one, r, w = says["tile"]
     rows, columns = (about["extent"][axis] for axis in says["order"][1:])
     if one != 1 or not (1 <= r <= rows and 1 <= w <= columns):
         raise ValueError(f"tile is {says['tile']}, must be (1, R, W) with R <= {rows}, W <= {columns}")
 
 
-@kept(
-    "dense gradient tile",
-    about=(*_GRID, "channels", "itemsize"),
-    says=("order", "tile", "group"),
-    check=_check_dense_tile,
-)
-def dense_gradient_tile(grid, channels, itemsize):
-    """(order, tile, channels of a group) of a dense weight gradient: about GRADIENT_POSITIONS, whole rows where they
-    fit, and so many channels that x stays in L2."""
-    order = (0, 1, 2) if grid.extent[1] * grid.extent[2] > 1 else (2, 1, 0)
+@kept("dense gradient tile", about=(*_GRID, "few"), says=("order", "tile"), check=_check_dense_tile)
+def dense_gradient_tile(grid, few):
+    """(order, tile) of a dense weight gradient: rows of positions, or those of several images where there are few. few:
+    whether output channels or weights of one are (plans.py)."""
+    blocks, rows, columns = grid.extent
+    limit = FEW_POSITIONS if few else GRADIENT_POSITIONS
+    order = (0, 1, 2) if blocks == 1 or rows * columns >= limit else (1, 0, 2) if columns > 1 else (2, 1, 0)
     extent = [grid.extent[axis] for axis in order]
-    w = -(-extent[2] // -(-extent[2] // GRADIENT_POSITIONS))
-    r = max(1, min(extent[1], GRADIENT_POSITIONS // w))
-    size = dict(zip(order, (1, r, w), strict=True))
-    pixels = size[0]
-    for i in (0, 1):
-        pixels *= (size[i + 1] - 1) * grid.x_pixels[i] + grid.taps[i]
-    return order, (1, r, w), max(1, min(channels, (400 << 10) // (pixels * 16 * itemsize)))
+    w = -(-extent[2] // -(-extent[2] // limit))
+    return order, (1, max(1, min(extent[1], limit // w)), w)

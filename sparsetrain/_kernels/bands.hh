@@ -156,7 +156,7 @@ template <class T> INLINE long band_segments(const Product<T> &p) {
     return (p.run ? winograd_tiles(p) : n_tiles(p)) * n_segments(p, 0);
 }
 template <class T> INLINE long gradient_segments(const Product<T> &p, long chunks) {
-    return p.run ? chunks * n_tiles(p) * gradient_fetches(p, cut(p, 0)) : band_segments(p);
+    return p.rows_at_once > 1 ? n_tiles(p) * gradient_fetches(p, chunks, cut(p, 0)) : band_segments(p);
 }
 // The time that a pass takes for a row, as a share of the product's for one of its segments: by counting vector operations, 4 a
 // pixel (loads, a store, waiting for L2) and 4 a position for its sums.

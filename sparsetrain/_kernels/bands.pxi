@@ -162,7 +162,6 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
         Buffer partial = Buffer("parts", n * parts * sizeof(floating)), scratch
         const floating[::1] v
         floating *s
-        floating *p = <floating *>partial.data
         vector[double] sums
         vector[floating] mean_g, slope
         Plan step
@@ -183,7 +182,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     a.dy_halo[0], a.dy_halo[1] = plan.dy_halo[0], plan.dy_halo[1]
     a.dy_channel, a.dy_row, a.dy_size = plan.dy_channel, plan.dy_row, plan.dy_size
     a.gradient, a.gradient_axis = product_of(plan.gradient, <floating>0), row_axis(plan.gradient)
-    a.gradient.dvalues, a.gradient_chunks = p, plan.gradient.n_chunks
+    a.gradient.dvalues, a.gradient.parts, a.gradient_chunks = <floating *>partial.data, parts, plan.gradient.n_chunks
     same_length("grad", grad.shape[0], plan.gradient.n_weights())
     a.sums = NULL
     if dx is not None:
@@ -204,7 +203,7 @@ def conv_bands_backward(BandPlan plan, long images, floating[:, :, :, :, :] x, f
     a.later = -threads if back else threads
     for i in prange(parts, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.conv_band_backward(&a, parts - 1 - i if back else i, s + each * threadid())
-    join_parts(plan.gradient, parts, p, grad, accumulate)  # OUT grad
+    join_parts(plan.gradient, &a.gradient, grad, accumulate)  # OUT grad
     if a.sums != NULL:
         add_up(sums, x.shape[1], x_sums)
 

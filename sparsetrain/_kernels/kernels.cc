@@ -9,6 +9,7 @@
 namespace {  // internal linkage: one build's code must never be shared with another
 #include "vec.hh"
 #include "product.hh"
+#include "dense_gradient.hh"
 #include "winograd.hh"
 #include "elementwise.hh"
 #include "entries.hh"
@@ -21,8 +22,8 @@ namespace {  // internal linkage: one build's code must never be shared with ano
 #include "machine.hh"
 
 template <class T> constexpr Kernels<T> kernels = {
-    .spmm = spmm<T>, .winograd_weights = winograd_weights<T>, .sddmm = sddmm<T>, .winograd_gradient = winograd_gradient<T>,
-    .add_parts = add_parts<T>, .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>,
+    .spmm = spmm<T>, .winograd_weights = winograd_weights<T>, .sddmm = sddmm<T>, .join_parts = join_parts<T>,
+    .pack_features = pack_features<T>, .linear_gradient = linear_gradient<T>,
     .transpose_weights = transpose_weights<T>, .spread_values = spread_values<T>, .collect_values = collect_values<T>,
     .compress = compress<T, Entry<T>>, .sparsify = sparsify<T>,
     .find_places = find_places<T>, .gather_places = gather_places<T>,

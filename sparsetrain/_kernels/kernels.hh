@@ -28,10 +28,6 @@ enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from th
 enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
 enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
 enum { MAX_RUN = 8 };          // tiles of a run (winograd.hh)
-// The weights of a chunk of its weight gradient: so many rows, and so many channels, 16 at least and 0 past the last.
-enum { BLOCK = 64 };
-static inline long gradient_height(long rows) { return rows < BLOCK ? rows : BLOCK; }
-static inline long gradient_width(long channels) { return channels < BLOCK ? (channels + 15) / 16 * 16 : BLOCK; }
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
 // Positions p have three axes (image block, pixel row, pixel column, in the planner's order), cut into
@@ -56,6 +52,7 @@ template <class T> struct Product {
     bool accumulate, relu;   // add to y; what is below zero becomes zero
     bool far;                // y, whose lines are whole, goes straight to memory
     T *dvalues;              // sddmm: parts arrays of n_values partial gradients
+    long columns, block[2];  // of a dense layer's: entries of a row (channels if run), and how many of them and of the rows make a chunk
     const int32_t *first_value;  // sddmm: chunk c owns the values first_value[c] to first_value[c + 1]
     long n_values, parts;
     // winograd.hh, unless run is 0: positions are tiles of 2 x 2 pixels of y, which has size[0] rows and size[1] columns; a run
@@ -192,10 +189,8 @@ template <class T> struct Kernels {
     // dvalues[e] = sum over positions p of dy[row(e), p] x[p + offsets[e]], dy being Product::y.
     // One task is one chunk of rows, or block of weights, over one of `parts` runs of tiles.
     void (*sddmm)(const Product<T> *, long task, T *scratch);
-    // grad (rows, columns, 3, 3) (+)= the sum over parts of the sums of winograd.hh, for the rows [begin, end)
-    void (*winograd_gradient)(long begin, long end, long rows, long columns, long parts, const T *sums, T *grad, bool accumulate);
-    // grad[i] (+)= sum over parts of dvalues[part * n + i]
-    void (*add_parts)(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate);
+    // grad (+)= the sum over parts of dvalues: values [begin, end), or, if the layer is dense, registers of rows of all chunks
+    void (*join_parts)(const Product<T> *, long begin, long end, T *grad, bool accumulate);
     // Features of 1x1 pixels in groups of `features` (see Build), an image's side by side; the groups [begin, end)
     void (*pack_features)(long begin, long end, long blocks, long features, View<T> x, T *packed);
     // grad[row] (+)= the sum over images of dy[row, image] x[image], for the rows [begin, end) and some of these groups

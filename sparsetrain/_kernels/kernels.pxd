@@ -28,8 +28,6 @@ cdef extern from "dispatch.hh" nogil:
     enum: STEPS
     enum: ROWS_AT_ONCE
     enum: MAX_RUN
-    long gradient_height(long rows)
-    long gradient_width(long channels)
     enum: MAX_PHASES
     enum: MAX_ADDED
     enum: CHAINED_VALUES
@@ -55,6 +53,8 @@ cdef extern from "dispatch.hh" nogil:
         const T *bias
         bint accumulate, relu, far
         T *dvalues
+        long columns
+        long block[2]
         const int32_t *first_value
         long n_values, parts, run, run_tile
         long size[2]
@@ -144,8 +144,7 @@ cdef extern from "dispatch.hh" nogil:
     void spmm[T](const Product[T] *, long, T *)
     void winograd_weights[T](long, long, long, long, long, long, bint, const T *, T *)
     void sddmm[T](const Product[T] *, long, T *)
-    void winograd_gradient[T](long, long, long, long, long, const T *, T *, bint)
-    void add_parts[T](long, long, long, long, const T *, T *, bint)
+    void join_parts[T](const Product[T] *, long, long, T *, bint)
     void pack_features[T](long, long, long, long, View[T], T *)
     void linear_gradient[T](long, long, long, long, long, long, const T *, View[T], T *, bint)
     void transpose_weights[T](long, long, long, long, long, const int32_t *, long, const T *, T *)

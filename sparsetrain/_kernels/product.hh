@@ -201,131 +201,6 @@ void sddmm_tile(const Product<T> &a, const T *x, const T *dy, T *dvalues, const 
     }
 }
 
-// The weight gradient of a dense layer: every entry meets every row, so rows x entries sums stay in registers while
-// the positions of the tile stream by, and a tile may have any number of them.
-// 6 entries: 370 GFLOP/s for ResNet-20's 16x16 convolutions, 297 with 4.
-constexpr int GRADIENT_ROWS = REGISTERS == 32 ? 4 : 2, GRADIENT_ENTRIES = 6;
-
-template <int X_STEP, class T>
-void dense_sddmm_tile(const Product<T> &a, const long *size, const T *x, const T *dy, T *dvalues, const Segment *s,
-                      const Segment *end, Ahead<T> &ahead) {
-    constexpr int L = Vec<T>::lanes, U = GRADIENT_ROWS, Q = GRADIENT_ENTRIES;
-    const long x_col = X_STEP ? X_STEP : a.x_step[2], columns = a.n_values / a.rows;
-    for (; s < end; s++) {
-        ahead.fetch();
-        for (int first = 0; first < ROWS_AT_ONCE; first += U) {
-            const long rows = a.rows - s->row - first < U ? a.rows - s->row - first : U;
-            if (rows <= 0) break;
-            const T *g[U];  // past the last row: the last one again, its sums are dropped
-            for (int u = 0; u < U; u++) g[u] = dy + (s->row + first + (u < rows ? u : rows - 1)) * a.y_channel;
-            const int32_t *offset = a.offsets + s->entry;
-            T *dv = dvalues + (s->row + first) * columns + s->entry;
-            for (long left = s->count; left > 0; left -= Q, offset += Q, dv += Q) {
-                V<T> acc[U][Q] = {};
-                const T *p[Q];
-                for (int q = 0; q < Q; q++) p[q] = x + offset[q < left ? q : 0];
-                for (long lane = 0; lane < IMAGES; lane += L)
-                    for (long r = 0; r < size[1]; r++) {
-                        long xi = r * a.x_step[1] + lane, yi = r * a.y_step[1] + lane;
-                        for (long w = 0; w < size[2]; w++, xi += x_col, yi += a.y_step[2]) {
-                            V<T> gv[U];
-                            UNROLL for (int u = 0; u < U; u++) gv[u] = load(g[u] + yi);
-                            UNROLL for (int q = 0; q < Q; q++) {
-                                V<T> xv = load(p[q] + xi);
-                                IN_REGISTER(xv);
-                                UNROLL for (int u = 0; u < U; u++) acc[u][q] += gv[u] * xv;
-                            }
-                        }
-                    }
-                if (rows == U && left >= Q) {
-                    constexpr int REST = Q - 4;  // of a row's sums, which go together with those of the other rows
-                    V<T> rest[(U * REST + 3) / 4 * 4] = {};
-                    T total[(U * REST + 3) / 4 * 4] = {};
-                    UNROLL for (int u = 0; u < U; u++) {
-                        add_sums<T>(acc[u], dv + u * columns);
-                        UNROLL for (int q = 0; q < REST; q++) rest[u * REST + q] = acc[u][4 + q];
-                    }
-                    UNROLL for (int i = 0; i < U * REST; i += 4) add_sums<T>(rest + i, total + i);
-                    UNROLL for (int u = 0; u < U; u++)
-                        UNROLL for (int q = 0; q < REST; q++) dv[u * columns + 4 + q] += total[u * REST + q];
-                    continue;
-                }
-                for (int u = 0; u < rows; u++) {
-                    V<T> padded[(Q + 3) / 4 * 4] = {};
-                    T total[(Q + 3) / 4 * 4] = {};
-                    UNROLL for (int q = 0; q < Q; q++) padded[q] = acc[u][q];
-                    for (int q = 0; q < Q; q += 4) add_sums<T>(padded + q, total + q);
-                    for (int q = 0; q < Q && q < left; q++) dv[u * columns + q] += total[q];
-                }
-            }
-        }
-    }
-}
-
-// The same of a dense linear layer, whose one position a block would leave a sum over the lanes for every 8 products of a
-// batch of 128: here the input features are the vector, and pack_features() turns them so, a few registers' width at once.
-// 1024 -> 1024, batch 128: 1.9 ms with dense_sddmm_tile, 0.9 so.
-// 8 x 3 sums in registers, so that the features of 128 images (24 KB) stay in L1: 4 x 6 is slower.
-constexpr int LINEAR_ROWS = REGISTERS == 32 ? 8 : 4, LINEAR_VECTORS = 3;
-template <class T> constexpr long FEATURES = LINEAR_VECTORS * Vec<T>::lanes;
-
-template <class T> void pack_features(long begin, long end, long blocks, long features, View<T> x, T *packed) {
-    constexpr int L = Vec<T>::lanes;
-    for (long group = begin; group < end; group++)
-        for (long b = 0; b < blocks; b++) {
-            T *out = packed + (group * blocks + b) * IMAGES * FEATURES<T>;
-            const long real = features - group * FEATURES<T> < FEATURES<T> ? features - group * FEATURES<T> : FEATURES<T>;
-            const T *in = x.data + b * x.block + group * FEATURES<T> * x.channel;
-            for (long f = 0; f < FEATURES<T>; f += L)
-                for (long lane = 0; lane < IMAGES; lane += L) {
-                    V<T> v[L];
-                    UNROLL for (int i = 0; i < L; i++) v[i] = f + i < real ? load(in + (f + i) * x.channel + lane) : V<T>{};
-                    transpose<T>(v);
-                    UNROLL for (int i = 0; i < L; i++) store(out + (lane + i) * FEATURES<T> + f, v[i]);
-                }
-        }
-}
-
-// acc[row][register] += the sum over i < n of rows[row][i] x[i][register].
-template <int U, int Q, class T> INLINE void add_outer_products(V<T> (&acc)[U][Q], const T *const (&rows)[U], const T *x, long n) {
-    for (long i = 0; i < n; i++, x += Q * Vec<T>::lanes) {
-        V<T> xv[Q];
-        UNROLL for (int q = 0; q < Q; q++) xv[q] = load(x + q * Vec<T>::lanes);
-        UNROLL for (int u = 0; u < U; u++) {
-            const V<T> g = splat(rows[u][i]);
-            UNROLL for (int q = 0; q < Q; q++) acc[u][q] += g * xv[q];
-        }
-    }
-}
-
-template <class T>
-void linear_gradient(long begin, long end, long first_group, long last_group, long blocks, long features, const T *packed,
-                     View<T> dy, T *grad, bool accumulate) {
-    FlushToZero flush;
-    constexpr int L = Vec<T>::lanes, U = LINEAR_ROWS, Q = LINEAR_VECTORS;
-    for (long group = first_group; group < last_group; group++) {
-        const long first = group * FEATURES<T>;
-        for (long row = begin; row < end; row += U) {
-            const int rows = end - row < U ? end - row : U;
-            const bool whole = features - first >= FEATURES<T>;
-            V<T> acc[U][Q] = {};
-            const T *x = packed + group * blocks * IMAGES * FEATURES<T>;
-            for (long b = 0; b < blocks; b++, x += IMAGES * FEATURES<T>) {
-                const T *g[U];  // past the last row: the last one again, its sums are dropped
-                for (int u = 0; u < U; u++) g[u] = dy.data + b * dy.block + (row + (u < rows ? u : rows - 1)) * dy.channel;
-                add_outer_products<U, Q, T>(acc, g, x, IMAGES);
-            }
-            for (int u = 0; u < rows; u++) {
-                T *out = grad + (row + u) * features + first, part[FEATURES<T>];
-                T *to = whole ? out : part;
-                if (!whole) for (long i = 0; i < FEATURES<T>; i++) part[i] = accumulate && i < features - first ? out[i] : T(0);
-                UNROLL for (int q = 0; q < Q; q++) store(to + q * L, accumulate ? load(to + q * L) + acc[u][q] : acc[u][q]);
-                if (!whole) for (long i = 0; i < features - first; i++) out[i] = part[i];
-            }
-        }
-    }
-}
-
 template <class T>
 using SpmmTile = void (*)(const Product<T> &, const T *, T *, T *, const Segment *, const Segment *, Ahead<T> &);
 template <class T>
@@ -413,17 +288,13 @@ template <class T> void spmm_task(const Product<T> &a, long chunk, const Tile &t
     tiles_task(a, chunk, t, scratch, ahead);
 }
 template <class T>
-void winograd_gradient_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, T *scratch, Ahead<T> &ahead);
+void dense_gradient_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, T *scratch, Ahead<T> &ahead);
 template <class T>
 void sddmm_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, T *scratch, Ahead<T> &ahead) {
-    if (a.run) return winograd_gradient_task(a, chunk, t, dvalues, scratch, ahead);
+    if (a.rows_at_once > 1) return dense_gradient_task(a, chunk, t, dvalues, scratch, ahead);
     const Segment *begin = a.segments + a.chunks[chunk], *end = a.segments + a.chunks[chunk + 1];
-    const T *x = a.x + distance(t.first, a.x_step), *dy = a.y + distance(t.first, a.y_step);
-    const bool next_to = a.x_step[2] == IMAGES;
-    if (a.rows_at_once == 1)
-        tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][next_to](a, x, dy, dvalues, begin, end, ahead);
-    else
-        (next_to ? dense_sddmm_tile<IMAGES, T> : dense_sddmm_tile<0, T>)(a, t.size, x, dy, dvalues, begin, end, ahead);
+    tiles<T>.gradient[t.size[1] - 1][t.size[2] - 1][a.x_step[2] == IMAGES](
+        a, a.x + distance(t.first, a.x_step), a.y + distance(t.first, a.y_step), dvalues, begin, end, ahead);
 }
 template <class T> INLINE long n_segments(const Product<T> &a, long chunk) { return a.chunks[chunk + 1] - a.chunks[chunk]; }
 
@@ -439,7 +310,6 @@ template <class T> void spmm(const Product<T> *a, long task, T *scratch) {
     if (a->far) finish_stores();
 }
 
-template <class T> INLINE long gradient_fetches(const Product<T> &a, const Tile &t);
 template <class T> void sddmm(const Product<T> *a, long task, T *scratch) {
     FlushToZero flush;
     const long n = n_tiles(*a), chunk = task / a->parts, part = task % a->parts, stop = n * (part + 1) / a->parts;
@@ -451,19 +321,8 @@ template <class T> void sddmm(const Product<T> *a, long task, T *scratch) {
             const Tile next = cut(*a, number + 1);
             fetch_x(ahead, *a, next), fetch_dy(ahead, *a, next);
         }
-        const Tile tile = cut(*a, number);
-        ahead.spread_over(a->run ? gradient_fetches(*a, tile) : n_segments(*a, chunk));
-        sddmm_task(*a, chunk, tile, dvalues, scratch, ahead);
-    }
-}
-
-template <class T>
-void add_parts(long begin, long end, long n, long parts, const T *dvalues, T *grad, bool accumulate) {
-    FlushToZero flush;
-    for (long i = begin; i < end; i++) {
-        T total = accumulate ? grad[i] : T(0);
-        for (long p = 0; p < parts; p++) total += dvalues[p * n + i];
-        grad[i] = total;
+        ahead.spread_over(n_segments(*a, chunk));
+        sddmm_task(*a, chunk, cut(*a, number), dvalues, scratch, ahead);
     }
 }
 

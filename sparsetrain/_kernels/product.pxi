@@ -6,7 +6,8 @@ cdef class Plan:
     offsets int32: elements from a position of x to what an entry reads, then STEPS zeros.
     places int32 or None: where the values of the entries lie in the first row of a dense layer, row_step before those of the
     next. segments int32 (n, 5): kernels.hh's Segment. chunks int32: where each chunk of rows begins in segments.
-    first_value int32: where each chunk begins in the values (sddmm). strides: those of x and y in elements,
+    first_value int32: where each chunk begins in the values (sddmm). columns, block: of a dense layer's sddmm, whose values are
+    those of dense_gradient.hh, as in Product. strides: those of x and y in elements,
     (block, channel, row) each, that the offsets and the tiling were made for. group: channels of x in a segment.
     order: which of (block, pixel row, pixel column) the three tile axes are; extent and tile follow it.
     x_pixels, y_pixels: rows and columns of x and y from one position to the next; y_origin: the pixel of y of the
@@ -33,6 +34,8 @@ cdef class Plan:
         long pixel[3]
         long size[2]
         long weight_step[2]
+        long columns
+        long block[2]
         bint flip
         long x_origin, y_origin, channels
         double work
@@ -40,7 +43,8 @@ cdef class Plan:
     def __init__(self, *, const int32_t[::1] offsets, const int32_t[::1] places, const int32_t[:, ::1] segments,
                  const int32_t[::1] chunks, const int32_t[::1] first_value, x_strides, y_strides, order, extent, tile, x_pixels, y_pixels,
                  overlap, x_origin, y_origin, long channels, long group, long rows, long row_step, long rows_at_once,
-                 long n_values, long parts, double work, long run, long run_tile, size, transform):
+                 long n_values, long parts, double work, long run, long run_tile, size, transform,
+                 long columns, block):
         cdef int i
         self.tile, self.order, self.group = tuple(tile), tuple(order), group
         self._offsets, self._segments, self._chunks, self._first_value = offsets, segments, chunks, first_value
@@ -55,6 +59,8 @@ cdef class Plan:
         pixels, overlap, pixel = (1, *x_pixels), (0, *overlap), (x_strides[0], x_strides[2], 16)
         self.run, self.run_tile = run, run_tile
         self.size[0], self.size[1] = size
+        self.columns = columns
+        self.block[0], self.block[1] = block
         self.weight_step[0], self.weight_step[1], self.flip = transform
         self.n_tiles = 1
         for i in range(3):
@@ -71,19 +77,18 @@ cdef class Plan:
 
     cdef long scratch_size(self):
         """Elements of scratch that a task of spmm() or sddmm() needs."""
-        if self._first_value is not None:
-            return 4 * 16 * self.run * (kernels.gradient_height(self.rows) + kernels.gradient_width(self.channels))
+        if self._first_value is not None and self.rows_at_once > 1:
+            if self.run:
+                return 4 * 16 * self.run * (self.block[0] + 2 * self.block[1])
+            return 16 * self._tile[1] * self._tile[2] * self.block[1]
         cdef long rows = self.rows + self.rows_at_once, transformed = 4 * (self.channels + self.rows) * (self.run | 1)
         return 16 * (transformed + rows * self.run_tile if self.run else rows * self._tile[1] * self._tile[2])
 
     cdef long n_weights(self):
         """Values of the parameter."""
-        return 9 * self.rows * self.channels if self.run else self.n_values
-
-
-def gradient_block(long rows, long channels):
-    """(height, width) of the blocks of weights of winograd.hh's weight gradient."""
-    return kernels.gradient_height(rows), kernels.gradient_width(channels)
+        if self.run:
+            return 9 * self.rows * self.channels
+        return self.rows * self.columns if self.columns else self.n_values
 
 
 # An array of so many bytes has left L3 (32 MB) before it is read again: it is stored past the caches, whose lines need not be
@@ -118,6 +123,7 @@ cdef Product[number] product_of(Plan p, number example) noexcept:
         a.pixels[i], a.overlap[i], a.pixel[i] = p.pixels[i], p.overlap[i], p.pixel[i]
     a.origin, a.x_channel, a.channels = p.x_origin, p.x_strides[1], p.channels
     a.run, a.run_tile, a.size[0], a.size[1] = p.run, p.run_tile, p.size[0], p.size[1]
+    a.columns, a.block[0], a.block[1] = p.columns, p.block[0], p.block[1]
     return a
 
 
@@ -192,7 +198,7 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
         Product[floating] a = product(plan, x, dy)
         long tasks = plan.n_chunks * plan.parts, n = plan.n_values, i
         int threads = team(tasks, plan.work / 8)
-        bint direct = plan.parts == 1 and not accumulate and not plan.run
+        bint direct = plan.parts == 1 and not accumulate and plan.rows_at_once == 1
         Buffer parts, scratch
         long each = plan.scratch_size()
         floating *s
@@ -207,24 +213,24 @@ def sddmm(Plan plan, floating[:, :, :, :, :] x, floating[:, :, :, :, :] dy, floa
     for i in prange(tasks, nogil=True, num_threads=threads, schedule="dynamic"):
         kernels.sddmm(&a, i, s + each * threadid())
     if not direct:
-        join_parts(plan, plan.parts, a.dvalues, grad, accumulate)  # OUT grad
+        join_parts(plan, &a, grad, accumulate)  # OUT grad
 
 
-cdef int join_parts(Plan plan, long parts, const floating *values, floating[::1] grad, bint accumulate) except -1:
-    """grad = (grad if accumulate) + the sum of so many partial gradients of n_values each."""
+cdef int join_parts(Plan plan, const Product[floating] *a, floating[::1] grad, bint accumulate) except -1:
+    """grad = (grad if accumulate) + the sum of the partial gradients."""
     cdef:
-        long n = plan.n_values, rows = plan.rows, columns = plan.channels, all = rows if plan.run else n, c
-        int threads = team(rows, <double>n * parts)
-        long chunks = chunks_of(all, threads)
+        long n = plan.n_values, c
+        int threads = team(2, <double>n * a.parts)
+        long chunks
         floating *g
     if n == 0:
         return 0
     g = &grad[0]  # OUT
+    if plan.rows_at_once > 1:
+        n = (plan.rows + plan.block[1] - 1) // plan.block[1] * plan.block[1] * sizeof(floating) // kernels.isas[<int>_ISAS[_isa]].build.vector_bytes
+    chunks = chunks_of(n, threads)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
-        if plan.run:
-            kernels.winograd_gradient(rows * c // chunks, rows * (c + 1) // chunks, rows, columns, parts, values, g, accumulate)
-        else:
-            kernels.add_parts(n * c // chunks, n * (c + 1) // chunks, n, parts, values, g, accumulate)
+        kernels.join_parts(a, n * c // chunks, n * (c + 1) // chunks, g, accumulate)
     return 0
 
 

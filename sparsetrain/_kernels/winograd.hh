@@ -11,9 +11,7 @@
 //
 //     dw = G^T [ sum over tiles and images of  (A dy A^T) * (B^T x B) ] G
 //
-// Each of the 16 sums is a product of two matrices, rows x (tiles, images) and (tiles, images) x channels. There channels
-// are the vector, for which x is turned as it is transformed, so no sum over the lanes is left. Per task one block of
-// BLOCK x BLOCK weights: its 16 sums (256 KB) and what is transformed for a run of tiles (as much) stay in L2.
+// Each of the 16 sums is that of a 1x1 layer whose pixels are tiles, as above: sum_products() of dense_gradient.hh.
 
 // The tiles of a run: where in x and y they begin, how many rows and columns of y they have, two unless y ends, and the
 // distances in x of the last row and column from the second and the first; what only pixels past the end of y need is not there.
@@ -35,32 +33,21 @@ template <class T> WinogradTiles tiles_of_run(const Product<T> &a, const Tile &t
     return w;
 }
 
-// Row XI of B^T x, of the first channel: values() are those of a tile's 16 images in a column of x, some of its lanes.
-template <int XI, class T> struct RowOfX {
-    static constexpr long FIRST[4] = {0, 1, 2, 1}, SECOND[4] = {2, 2, 1, 3};
-    const T *x;
-    const long between;
-
-    explicit RowOfX(const Product<T> &a)
-        : x(a.x + a.origin + FIRST[XI] * a.pixel[1]), between((SECOND[XI] - FIRST[XI]) * a.pixel[1]) {}
-    INLINE_MEMBER V<T> values(const WinogradTiles &w, long tile, long at) const {
-        const T *p = x + w.x[tile] + at, *q = p + (XI == 3 ? w.last_row[tile] : between);
-        return XI == 1 ? load(p) + load(q) : load(p) - load(q);
-    }
-};
-
 // Row XI of B^T x B, of all channels: v[column][channel][tile].
 template <int XI, class T> void transform_x(const Product<T> &a, const WinogradTiles &w, T *v, long v_channel) {
     constexpr int L = Vec<T>::lanes;
+    constexpr long FIRST_ROW[4] = {0, 1, 2, 1}, SECOND_ROW[4] = {2, 2, 1, 3};
     // Copies: what is stored could be a's
     const long n = w.n, channels = a.channels, x_channel = a.x_channel, column = channels * v_channel;
-    const RowOfX<XI, T> row(a);
-    for (long c = 0; c < channels; c++, v += v_channel)
+    const long between = (SECOND_ROW[XI] - FIRST_ROW[XI]) * a.pixel[1];
+    const T *x = a.x + a.origin + FIRST_ROW[XI] * a.pixel[1];
+    for (long c = 0; c < channels; c++, x += x_channel, v += v_channel)
         for (long i = 0; i < n; i++)
             for (long lane = 0; lane < IMAGES; lane += L) {
+                const T *p = x + w.x[i] + lane, *q = p + (XI == 3 ? w.last_row[i] : between);
                 T *out = v + i * IMAGES + lane;
-                const auto d = [&](long k) INLINE_MEMBER { return row.values(w, i, c * x_channel + lane + k); };
-                const V<T> d0 = d(0), d1 = d(IMAGES), d2 = d(2 * IMAGES), d3 = d(w.last_column[i]);
+                const auto rows = [&](long k) INLINE_MEMBER { return XI == 1 ? load(p + k) + load(q + k) : load(p + k) - load(q + k); };
+                const V<T> d0 = rows(0), d1 = rows(IMAGES), d2 = rows(2 * IMAGES), d3 = rows(w.last_column[i]);
                 store(out, d0 - d2), store(out + column, d1 + d2);
                 store(out + 2 * column, d2 - d1), store(out + 3 * column, d1 - d3);
             }
@@ -163,161 +150,55 @@ void winograd_weights(long begin, long end, long rows, long columns, long row_st
         }
 }
 
-// ---- the weight gradient
-
-// A chunk of a plan: the weights of some rows and channels. All chunks' sums lie alike, [16][height][width].
-template <class T> struct GradientBlock {
-    long row, rows, channel, channels, height, width;
-
-    GradientBlock(const Product<T> &a, long number) : height(gradient_height(a.rows)), width(gradient_width(a.channels)) {
-        const long across = (a.channels + width - 1) / width;
-        row = number / across * height, channel = number % across * width;
-        rows = a.rows - row < height ? a.rows - row : height;
-        channels = a.channels - channel < width ? a.channels - channel : width;
-    }
-};
-
-// Sums in registers, channels side by side in up to TURNED of them.
-constexpr int TURNED = 2, TURNED_ROWS = REGISTERS == 32 ? 12 : 6;
-
-// Row XI of B^T x B of the block's channels, anything past the last: v[column][TURNED registers of channels][tile, image][channel].
-template <int XI, class T> void turn_x(const Product<T> &a, const WinogradTiles &w, const GradientBlock<T> &b, T *v) {
-    constexpr int L = Vec<T>::lanes;
-    alignas(LINE) T turned[4 * MAX_RUN][IMAGES][L];  // columns of B^T x
-    const long n = w.n * IMAGES, width = b.width, column = width * n;
-    const RowOfX<XI, T> row(a);
-    for (long c = 0; c < width; c += L) {
-        long channel[L], begin[MAX_RUN], found = 0;
-        for (long k = 0; k < L; k++) channel[k] = (b.channel + (c + k < b.channels ? c + k : 0)) * a.x_channel;
-        for (long i = 0; i < w.n; i++) {
-            const bool joins = i && w.x[i] == w.x[i - 1] + 2 * IMAGES;  // the tile before, whose last columns are its first
-            begin[i] = found - (joins ? 2 : 0);
-            for (long k = joins ? 2 : 0; k < 4; k++, found++)
-                for (long lane = 0; lane < IMAGES; lane += L) {
-                    const long at = (k < 3 ? k * IMAGES : w.last_column[i]) + lane;
-                    V<T> d[L];
-                    UNROLL for (int j = 0; j < L; j++) d[j] = row.values(w, i, channel[j] + at);
-                    transpose<T>(d);
-                    UNROLL for (int j = 0; j < L; j++) store(turned[found][lane + j], d[j]);
-                }
+// Row XI of A dy A^T, g[column][any], of turned pixels, pixel[row][column][any], n of each.
+template <int XI, class T> void transform_dy(const T *pixel, long n, T *g) {
+    for (long i = 0; i < n; i += Vec<T>::lanes) {
+        V<T> d[2];
+        UNROLL for (int k = 0; k < 2; k++) {
+            const T *p = pixel + k * n + i;
+            d[k] = XI == 0 ? load(p) : XI == 1 ? load(p) + load(p + 2 * n) : XI == 2 ? load(p) - load(p + 2 * n) : -load(p + 2 * n);
         }
-        const long group = c / (TURNED * L) * (TURNED * L), side = width - group < TURNED * L ? width - group : TURNED * L;
-        T *out = v + group * n + c - group;
-        for (long i = 0; i < w.n; i++)
-            for (long image = 0; image < IMAGES; image++, out += side) {
-                const auto d = [&](int k) INLINE_MEMBER { return load(turned[begin[i] + k][image]); };
-                const V<T> d0 = d(0), d1 = d(1), d2 = d(2), d3 = d(3);
-                store(out, d0 - d2), store(out + column, d1 + d2);
-                store(out + 2 * column, d2 - d1), store(out + 3 * column, d1 - d3);
-            }
+        store(g + i, d[0]), store(g + n + i, d[0] + d[1]), store(g + 2 * n + i, d[0] - d[1]), store(g + 3 * n + i, -d[1]);
     }
 }
 
-// Row XI of A dy A^T of the block's rows: g[column][row][tile, image].
-template <int XI, class T> void transform_dy(const Product<T> &a, const WinogradTiles &w, const GradientBlock<T> &b, T *g) {
-    constexpr int L = Vec<T>::lanes;
-    const long n = w.n * IMAGES, column = b.rows * n, below = a.y_step[1] / 2, y_channel = a.y_channel;
-    const T *dy = a.y + b.row * y_channel;
-    for (long o = 0; o < b.rows; o++, dy += y_channel)
-        for (long i = 0; i < w.n; i++)
-            for (long lane = 0; lane < IMAGES; lane += L, g += L) {
-                const T *p = dy + w.y[i] + lane;
-                const auto sum = [&](const T *q) INLINE_MEMBER {
-                    const V<T> first = XI < 3 ? load(q) : V<T>{}, second = XI && w.second_row[i] ? load(q + below) : V<T>{};
-                    return XI < 2 ? first + second : first - second;
-                };
-                const V<T> d0 = sum(p), d1 = w.second_column[i] ? sum(p + IMAGES) : V<T>{};
-                store(g, d0), store(g + column, d0 + d1), store(g + 2 * column, d0 - d1), store(g + 3 * column, -d1);
-            }
-}
-
-// sums[row][channel] += the products of U rows of g, n apart, with n times Q registers of channels.
-template <int U, int Q, class T> void gradient_tile(const T *g, const T *x, long n, T *sums, long width) {
-    constexpr int L = Vec<T>::lanes;
-    V<T> acc[U][Q];
-    const T *rows[U];
-    UNROLL for (int u = 0; u < U; u++) {
-        rows[u] = g + u * n;
-        UNROLL for (int q = 0; q < Q; q++) acc[u][q] = load(sums + u * width + q * L);
-    }
-    add_outer_products<U, Q, T>(acc, rows, x, n);
-    UNROLL for (int u = 0; u < U; u++) UNROLL for (int q = 0; q < Q; q++) store(sums + u * width + q * L, acc[u][q]);
-}
-
-template <class T> struct GradientTiles {
-    void (*tile[TURNED_ROWS][TURNED])(const T *, const T *, long, T *, long);
-
-    template <int U, int Q> constexpr void fill() {
-        tile[U - 1][Q - 1] = gradient_tile<U, Q, T>;
-        if constexpr (Q < TURNED) fill<U, Q + 1>();
-        else if constexpr (U < TURNED_ROWS) fill<U + 1, 1>();
-    }
-    constexpr GradientTiles() : tile{} { fill<1, 1>(); }
-};
-template <class T> constexpr GradientTiles<T> gradient_tiles;
-
-// How often winograd_gradient_task() fetches.
-template <class T> INLINE long gradient_fetches(const Product<T> &a, const Tile &t) {
-    return 16 * ((t.size[0] * t.size[1] * t.size[2] + a.run - 1) / a.run);
-}
-
-// One task of the sums: some tiles for a block of weights. scratch: Plan.scratch_size() of product.pxi.
+// One task of the sums of the weight gradient: some tiles for a block of weights, [16][channel][output].
 template <class T>
-void winograd_gradient_task(const Product<T> &a, long chunk, const Tile &t, T *dvalues, T *scratch, Ahead<T> &ahead) {
-    constexpr int L = Vec<T>::lanes;
-    const GradientBlock<T> b(a, chunk);
-    const long all = t.size[0] * t.size[1] * t.size[2], runs = (all + a.run - 1) / a.run;
-    const long cuts = (b.rows + TURNED_ROWS - 1) / TURNED_ROWS;
-    T *v = scratch, *g = v + 4 * b.width * a.run * IMAGES, *block = dvalues + a.first_value[chunk];
+void winograd_gradient_task(const Product<T> &a, const WeightBlock &b, const Tile &t, T *sums, T *scratch, Ahead<T> &ahead) {
+    const long all = t.size[0] * t.size[1] * t.size[2], runs = (all + a.run - 1) / a.run, below = a.y_step[1] / 2;
+    Product<T> p = a;  // of the block's channels
+    p.x += b.entry * a.x_channel, p.channels = b.entries;
     for (long r = 0; r < runs; r++) {
         const WinogradTiles w = tiles_of_run(a, t, r * all / runs, (r + 1) * all / runs);
-        const long n = w.n * IMAGES;
+        const long n = w.n * IMAGES, size = b.width * n;
+        T *v = scratch, *pixels = v + 4 * b.entries * n, *g = pixels + 4 * size;
+        for (long k = 0; k < 4; k++)
+            turn_dy(a, b, w.n, pixels + k * size, [&](long i) INLINE_MEMBER {
+                const bool real = (k < 2 || w.second_row[i]) && (k % 2 == 0 || w.second_column[i]);
+                return real ? a.y + w.y[i] + k / 2 * below + k % 2 * IMAGES : nullptr;
+            });
         const auto row = [&]<int XI>() {
-            turn_x<XI>(a, w, b, v), transform_dy<XI>(a, w, b, g);
+            transform_x<XI>(p, w, v, n), transform_dy<XI>(pixels, size, g);
             for (long nu = 0; nu < 4; nu++) {
-                ahead.fetch();
-                T *sums = block + (4 * XI + nu) * b.height * b.width;
-                for (long c = 0; c < b.width; c += TURNED * L) {
-                    const long registers = b.width - c < TURNED * L ? (b.width - c) / L : TURNED;
-                    for (long cut = 0; cut < cuts; cut++) {
-                        const long begin = cut * b.rows / cuts, end = (cut + 1) * b.rows / cuts;
-                        gradient_tiles<T>.tile[end - begin - 1][registers - 1](
-                            g + (nu * b.rows + begin) * n, v + (nu * b.width + c) * n, n, sums + begin * b.width + c, b.width);
-                    }
-                }
+                const T *x = v + nu * b.entries * n;
+                sum_products(b, {1, 1, n}, g + nu * size, sums + (4 * XI + nu) * b.height * b.width,
+                             [=](long channel) INLINE_MEMBER { return x + channel * n; }, ahead);
             }
         };
         row.template operator()<0>(), row.template operator()<1>(), row.template operator()<2>(), row.template operator()<3>();
     }
 }
 
-// grad (+)= G^T m G for the rows [begin, end), m being the sums of all parts.
-template <class T>
-void winograd_gradient(long begin, long end, long rows, long columns, long parts, const T *sums, T *grad, bool accumulate) {
-    FlushToZero flush;
-    constexpr int L = Vec<T>::lanes;
-    const long height = gradient_height(rows), width = gradient_width(columns), across = (columns + width - 1) / width;
-    const long plane = height * width, part = (rows + height - 1) / height * across * 16 * plane;
-    for (long row = begin; row < end; row++)
-        for (long c = 0; c < columns; c += L) {
-            const T *in = sums + (row / height * across + c / width) * 16 * plane + row % height * width + c % width;
-            const auto total = [&](long i) INLINE_MEMBER {
-                V<T> m = load(in + i * plane);
-                for (long p = 1; p < parts; p++) m += load(in + p * part + i * plane);
-                return m;
-            };
-            V<T> half[3][4];
-            UNROLL for (int nu = 0; nu < 4; nu++) {
-                const V<T> m0 = total(nu), m1 = total(4 + nu), m2 = total(8 + nu), m3 = total(12 + nu), middle = (m1 + m2) * T(0.5);
-                half[0][nu] = m0 + middle, half[1][nu] = (m1 - m2) * T(0.5), half[2][nu] = middle + m3;
-            }
-            T taps[9][L];
-            UNROLL for (int k = 0; k < 3; k++) {
-                const V<T> *m = half[k], middle = (m[1] + m[2]) * T(0.5);
-                store(taps[3 * k], m[0] + middle), store(taps[3 * k + 1], (m[1] - m[2]) * T(0.5)), store(taps[3 * k + 2], middle + m[3]);
-            }
-            T *out = grad + (row * columns + c) * 9;
-            for (long i = 0; i < L && c + i < columns; i++, out += 9)
-                UNROLL for (int t = 0; t < 9; t++) out[t] = accumulate ? out[t] + taps[t][i] : taps[t][i];
-        }
+// G^T m G of the sums m, which step(i) gives for a register of outputs: tap[9].
+template <class T, class F> INLINE void winograd_taps(F step, V<T> *tap) {
+    const auto turned = [](const V<T> *m, V<T> *out, int apart) INLINE_MEMBER {
+        const V<T> middle = (m[1] + m[2]) * T(0.5);
+        out[0] = m[0] + middle, out[apart] = (m[1] - m[2]) * T(0.5), out[2 * apart] = middle + m[3];
+    };
+    V<T> half[12];  // [row][column]
+    UNROLL for (int nu = 0; nu < 4; nu++) {
+        const V<T> m[4] = {step(nu), step(4 + nu), step(8 + nu), step(12 + nu)};
+        turned(m, half + nu, 4);
+    }
+    UNROLL for (int k = 0; k < 3; k++) turned(half + 4 * k, tap + 3 * k, 1);
 }
