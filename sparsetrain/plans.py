@@ -14,7 +14,7 @@ import numpy as np
 
 from sparsetrain import winograd
 from sparsetrain._kernels import core
-from sparsetrain._kernels.core import FIRST, LAST, ROWS_AT_ONCE, STEPS
+from sparsetrain._kernels.core import FIRST, LAST, OUTPUTS, ROWS_AT_ONCE, STEPS
 from sparsetrain.choices import kept
 from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 
@@ -263,8 +263,7 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
 def _dense_gradient(x, dy, grid, rows, offsets, run, tasks):
     """The plan of a dense layer's weight gradient, `run` tiles of 2 x 2 pixels at once unless that is 0; offsets: of the
     entries of a row."""
-    channels, lanes = x.array.shape[1], core.vector_lanes(x.array.dtype)
-    size = grid.extent[1:]
+    channels, size = x.array.shape[1], grid.extent[1:]
     if run:
         extent, columns, sums = winograd.tiles(grid.extent), channels, 16
         grid = Grid(extent, (4, 4), grid.x_origin, (2, 2), (2, 2))
@@ -272,17 +271,17 @@ def _dense_gradient(x, dy, grid, rows, offsets, run, tasks):
     else:
         columns, sums = len(offsets), 1
         # Too few outputs for more than a register of them, or so few weights of each that sums take little of the caches.
-        few = 2 * rows <= 3 * lanes or columns <= 32
+        few = 2 * rows <= 3 * core.vector_lanes(x.array.dtype) or columns <= 32
         order, tile = dense_gradient_tile(grid, few)
     tiles = math.prod(-(-grid.extent[axis] // n) for axis, n in zip(order, tile, strict=True))
     across = -(-rows // BLOCK)
     down = max(-(-channels // BLOCK) if run else 1, min(-(-tasks // (across * tiles)), columns // 32))
-    block = -(-columns // down), -(-rows // across // lanes) * lanes
+    block = -(-columns // down), -(-rows // across // OUTPUTS) * OUTPUTS
     chunks, sums = -(-columns // block[0]) * across, sums * math.prod(block)
     weights = (16 if run else 1) * rows * columns
     bounds = np.arange(chunks + 1, dtype=np.int32)
     return _plan(
-        x, dy, grid, tile, order, channels, rows, ROWS_AT_ONCE, offsets, np.zeros((chunks, 5), np.int32), bounds,
+        x, dy, grid, tile, order, channels, rows, OUTPUTS, offsets, np.zeros((chunks, 5), np.int32), bounds,
         bounds * sums, chunks * sums, max(1, min(tasks // chunks, tiles)), weights, run=run, size=size, columns=columns,
         block=block,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from sparsetrain import choices, cli, nn
 from sparsetrain._kernels import core
 from sparsetrain.record import record
 
-KINDS = {"winograd", "tile", "dense gradient tile", "gradient parts", "bands", "band parts"}
+KINDS = {"winograd", "winograd gradient", "tile", "dense gradient tile", "gradient parts", "bands", "band parts"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,12 +107,12 @@ def pin(entry):
     said, about = entry["is"], entry["for"]
     if entry["choice"] in ("tile", "dense gradient tile"):
         order = [1, 0, 2] if said["order"] != [1, 0, 2] else [0, 1, 2]
-        said |= {"order": order, "tile": [1, 1, 1], "group": max(1, about["channels"] // 2)}
+        said |= {"order": order, "tile": [1, 1, 1]}
         if entry["choice"] == "tile":
-            said["tile"] = [1, 2, 1]
+            said |= {"tile": [1, 2, 1], "group": max(1, about["channels"] // 2)}
     elif entry["choice"] == "bands":
         said |= {"run": 5, "rows": 3} if about["height"] >= 5 else {"run": 1, "rows": 1}
-    elif entry["choice"] == "winograd":
+    elif entry["choice"].startswith("winograd"):
         said["run"] = 3
     else:
         said["parts"] = max(1, said["parts"] // 2)
@@ -182,7 +182,8 @@ def case(kind, **of):
         ("winograd", {"run": 9}, "run is 9, must be in [0, 8]"),
         ("winograd", {"output": [1, 2]}, "output is [1, 2], must be 3 whole numbers"),
         ("dense gradient tile", {"tile": [1, 13, 1]}, "tile is (1, 13, 1), must be (1, R, W) with R <= "),
-        ("dense gradient tile", {"group": 0}, "group is 0"),
+        ("dense gradient tile", {"order": [0, 2, 1]}, "order is (0, 2, 1), must be one of (0, 1, 2)"),
+        ("winograd gradient", {"run": 9}, "run is 9, must be in [0, 8]"),
         ("gradient parts", {"parts": 0}, "parts is 0, must be in [1, "),
         ("gradient parts", {"parts": 17}, "parts is 17, must be in [1, "),
         ("bands", {"rows": 0}, "must be 1 <= rows <= run <= 12"),
@@ -217,7 +218,7 @@ def test_a_choice_that_cannot_run_is_refused(kind, of, words, tmp_path, monkeypa
         (
             '{"format": "sparsetrain plans", "schema": 1, "choices":'
             ' [{"choice": "x", "isa": "base", "for": {}, "is": {}}]}',
-            "choice is 'x', must be one of winograd, tile",
+            "choice is 'x', must be one of winograd, winograd gradient, tile",
         ),
         (
             '{"format": "sparsetrain plans", "schema": 1, "choices":'

@@ -37,7 +37,7 @@ ctypedef fused number:
 
 # As in kernels.hh.
 FIRST, LAST, ROWS_AT_ONCE, MAX_PHASES = kernels.FIRST, kernels.LAST, kernels.ROWS_AT_ONCE, kernels.MAX_PHASES
-STEPS, MAX_RUN, MAX_ADDED = kernels.STEPS, kernels.MAX_RUN, kernels.MAX_ADDED
+STEPS, MAX_RUN, MAX_ADDED, OUTPUTS = kernels.STEPS, kernels.MAX_RUN, kernels.MAX_ADDED, kernels.OUTPUTS
 
 
 # ---- instruction sets and threads

@@ -52,8 +52,8 @@ template <class T> struct ProductsTiles {
 };
 template <class T> constexpr ProductsTiles<T> products_tiles;
 
-// The weights of a chunk: some entries (input channels in winograd.hh) and outputs, of which so many are turned. The sums of
-// all chunks lie alike, [height][width].
+// The weights of a chunk: some entries (input channels in winograd.hh) and outputs, of which `turned` are: whole registers of
+// them, the last maybe past the end. The sums of all chunks lie alike, [height][width].
 struct WeightBlock {
     long entry, entries, row, rows, turned, height, width;
 
@@ -63,9 +63,12 @@ struct WeightBlock {
         entry = number % down * height, row = number / down * width;
         entries = a.columns - entry < height ? a.columns - entry : height;
         rows = a.rows - row < width ? a.rows - row : width;
-        long registers = rows / L + (rows % L > L / 2);
-        if (registers % TURNED == 1) registers--;
-        turned = a.run || rows < registers * L ? rows : registers * L;
+        long registers = (rows + L - 1) / L;
+        if (!a.run) {  // one that is less than half full, or left alone, is not worth it
+            registers = rows / L + (rows % L > L / 2);
+            if (registers % TURNED == 1) registers--;
+        }
+        turned = registers * L;
     }
 };
 
@@ -73,7 +76,7 @@ struct WeightBlock {
 template <class T, class F> INLINE void for_registers(const WeightBlock &b, F f) {
     constexpr int L = Vec<T>::lanes;
     for (long first = 0; first < b.turned; first += TURNED * L)
-        f(first, b.turned - first < TURNED * L ? (b.turned - first + L - 1) / L : TURNED);
+        f(first, b.turned - first < TURNED * L ? (b.turned - first) / L : TURNED);
 }
 
 // dy of n pixels, those of a block's outputs, turned: out[some registers of outputs][pixel, image][output], anything past the
@@ -190,7 +193,7 @@ void dense_gradient_task(const Product<T> &a, long chunk, const Tile &t, T *dval
 
 template <class T, class F> INLINE void winograd_taps(F step, V<T> *tap);
 
-// grad (+)= the sums of all parts: those values [begin, end) of a sparse layer, or registers of outputs of a dense one.
+// grad (+)= the sums of all parts: those values [begin, end) of a sparse layer, or times OUTPUTS output channels of a dense one.
 template <class T> void join_parts(const Product<T> *product, long begin, long end, T *grad, bool accumulate) {
     FlushToZero flush;
     constexpr int L = Vec<T>::lanes;
@@ -204,11 +207,11 @@ template <class T> void join_parts(const Product<T> *product, long begin, long e
         return;
     }
     const long height = a.block[0], width = a.block[1], down = (a.columns + height - 1) / height, plane = height * width;
-    for (long i = begin; i < end; i++) {
-        const long block = i / (width / L), first = i % (width / L) * L, row = block * width + first;
+    for (long row = begin * OUTPUTS; row < end * OUTPUTS && row < a.rows; row += L) {
         const long real = a.rows - row < L ? a.rows - row : L;
         const auto total = [&](long entry, long which) INLINE_MEMBER {
-            const T *in = a.dvalues + a.first_value[block * down + entry / height] + which * plane + entry % height * width + first;
+            const T *in = a.dvalues + a.first_value[row / width * down + entry / height];
+            in += which * plane + entry % height * width + row % width;
             V<T> sum = load(in);
             for (long p = 1; p < a.parts; p++) sum += load(in + p * a.n_values);
             return sum;

@@ -27,6 +27,7 @@ struct Segment {
 enum { FIRST = 1, LAST = 2 };  // first or last group of this row: start from the bias, write the result
 enum { STEPS = 3 };            // so far ahead of their use the offsets and entries of a list are read
 enum { ROWS_AT_ONCE = 4 };     // rows of a segment of a dense layer; 1 in a sparse one
+enum { OUTPUTS = 16 };         // the output channels of a chunk of a dense weight gradient are a multiple, as any register's lanes
 enum { MAX_RUN = 8 };          // tiles of a run (winograd.hh)
 
 // A product of stored weights with a blocked array: y[row, p] = bias[row] + sum_e values[e] x[p + offsets[e]].
@@ -189,7 +190,7 @@ template <class T> struct Kernels {
     // dvalues[e] = sum over positions p of dy[row(e), p] x[p + offsets[e]], dy being Product::y.
     // One task is one chunk of rows, or block of weights, over one of `parts` runs of tiles.
     void (*sddmm)(const Product<T> *, long task, T *scratch);
-    // grad (+)= the sum over parts of dvalues: values [begin, end), or, if the layer is dense, registers of rows of all chunks
+    // grad (+)= the sum over parts of dvalues: values [begin, end), or, if the layer is dense, so many times OUTPUTS rows
     void (*join_parts)(const Product<T> *, long begin, long end, T *grad, bool accumulate);
     // Features of 1x1 pixels in groups of `features` (see Build), an image's side by side; the groups [begin, end)
     void (*pack_features)(long begin, long end, long blocks, long features, View<T> x, T *packed);

@@ -27,6 +27,7 @@ cdef extern from "dispatch.hh" nogil:
     enum: LAST
     enum: STEPS
     enum: ROWS_AT_ONCE
+    enum: OUTPUTS
     enum: MAX_RUN
     enum: MAX_PHASES
     enum: MAX_ADDED

@@ -227,7 +227,7 @@ cdef int join_parts(Plan plan, const Product[floating] *a, floating[::1] grad, b
         return 0
     g = &grad[0]  # OUT
     if plan.rows_at_once > 1:
-        n = (plan.rows + plan.block[1] - 1) // plan.block[1] * plan.block[1] * sizeof(floating) // kernels.isas[<int>_ISAS[_isa]].build.vector_bytes
+        n = (plan.rows + kernels.OUTPUTS - 1) // kernels.OUTPUTS
     chunks = chunks_of(n, threads)
     for c in prange(chunks, nogil=True, num_threads=threads, schedule="static"):
         kernels.join_parts(a, n * c // chunks, n * (c + 1) // chunks, g, accumulate)

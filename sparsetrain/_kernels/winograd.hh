@@ -170,7 +170,7 @@ void winograd_gradient_task(const Product<T> &a, const WeightBlock &b, const Til
     p.x += b.entry * a.x_channel, p.channels = b.entries;
     for (long r = 0; r < runs; r++) {
         const WinogradTiles w = tiles_of_run(a, t, r * all / runs, (r + 1) * all / runs);
-        const long n = w.n * IMAGES, size = b.width * n;
+        const long n = w.n * IMAGES, size = b.turned * n;
         T *v = scratch, *pixels = v + 4 * b.entries * n, *g = pixels + 4 * size;
         for (long k = 0; k < 4; k++)
             turn_dy(a, b, w.n, pixels + k * size, [&](long i) INLINE_MEMBER {

@@ -289,11 +289,12 @@ WINOGRAD = {
 @DTYPES
 def test_winograd(name, run, dtype, isa, poison, monkeypatch):
     """And the same bits from any number of threads."""
-    monkeypatch.setattr(winograd, "choose_run", lambda *_: run)
+    for choose in ("choose_run", "choose_gradient_run"):
+        monkeypatch.setattr(winograd, choose, lambda *_: run)
     first = None
     for threads in (1, 2, 5):
         st.set_num_threads(threads)
-        results = passes(WINOGRAD[name], dtype, False, ("forward", "input"))
+        results = passes(WINOGRAD[name], dtype, False)
         first = first or results
         for a, b in zip(first, results, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -306,21 +307,38 @@ def test_winograd(name, run, dtype, isa, poison, monkeypatch):
     np.testing.assert_array_equal(arrays.unpack(y), ref.relu(ref.conv2d(x, w, bias, padding=geometry.padding)))
 
 
+@pytest.mark.parametrize("run", [0, 2])
+@DTYPES
+def test_dense_weight_gradients_of_any_size(run, dtype, isa, monkeypatch):
+    """Of outputs in whole registers or not, one block of them or several, and of so many inputs as meet them at once."""
+    monkeypatch.setattr(winograd, "choose_gradient_run", lambda *_: run)
+    kernel = (3, 3) if run else (1, 1)
+    for inputs, outputs in product((*range(1, 10), 70), (1, 3, 6, 9, 17, 24, 33, 50, 72, 130)):
+        case = Case(17, (inputs, outputs), (2, 3), kernel, plans.Geometry(padding=(run // 2, run // 2)))
+        try:
+            passes(case, dtype, False, ("weight",))
+        except AssertionError as error:
+            raise AssertionError(f"{inputs} inputs, {outputs} outputs: {error}") from None
+
+
 def test_winograd_where_it_is_faster(isa):
     def run(channels, size, images=64, dtype=np.float32, **geometry):
         weight, geometry = Parameter(np.ones((channels[1], channels[0], 3, 3), dtype)), plans.Geometry(**geometry)
         x = arrays.empty(images, channels[0], size, size, dtype, geometry.padding)
         y = arrays.empty(images, channels[1], *geometry.output((3, 3), size, size), dtype)
         back = plans.input_gradient(weight.structure, geometry, y.with_halo((2, 2)), x)
-        return [plans.forward(weight.structure, geometry, x, y).plan.run, *(step.plan.run for step in back)]
+        ways = plans.forward(weight.structure, geometry, x, y).plan, *(step.plan for step in back)
+        return [plan.run for plan in (*ways, plans.weight_gradient(weight.structure, geometry, x, y))]
 
-    one = (1, 1)
-    assert run((64, 64), 32, padding=one) == run((512, 512), 4, padding=one) == [core.MAX_RUN] * 2
-    assert run((64, 128), 16, dtype=np.float64) == [core.MAX_RUN] * 2
-    assert run((16, 16), 32, padding=one) == run((512, 512), 2, padding=one) == run((3, 64), 32, padding=one) == [0, 0]
-    assert run((64, 64), 32, padding=one, dilation=(2, 2)) == [0, 0]
-    assert run((64, 64), 32, padding=one, stride=(1, 2)) == [0, 0, 0]
-    assert run((512, 512), 32, images=1, padding=one) == [core.MAX_RUN] * 2
+    one, longest = (1, 1), core.MAX_RUN
+    assert run((64, 64), 32, padding=one) == run((512, 512), 4, padding=one) == [longest] * 3
+    assert run((64, 128), 16, dtype=np.float64) == [longest] * 3
+    assert run((16, 16), 32, padding=one) == [0, 0, longest]
+    assert run((512, 512), 2, padding=one) == [0, 0, 4]
+    assert run((512, 512), 2, images=16, padding=one) == run((3, 64), 32, padding=one) == [0, 0, 0]
+    assert run((64, 64), 32, padding=one, dilation=(2, 2)) == [0, 0, 0]
+    assert run((64, 64), 32, padding=one, stride=(1, 2)) == [0, 0, 0, 0]
+    assert run((512, 512), 32, images=1, padding=one) == [longest] * 3
 
 
 @pytest.mark.parametrize("rows", [[], [2]], ids=["empty layer", "empty rows"])

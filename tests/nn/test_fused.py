@@ -140,7 +140,8 @@ def test_winograd_in_bands(name, isa, bands, monkeypatch):
     with nn.unfused():
         wanted = step(copy.deepcopy(fused))
     ran = []
-    monkeypatch.setattr(winograd, "choose_run", lambda *_: core.MAX_RUN)
+    for choose in ("choose_run", "choose_gradient_run"):
+        monkeypatch.setattr(winograd, choose, lambda *_: core.MAX_RUN)
     with record(lambda run: ran.extend(p for p in run.plans if isinstance(p, core.BandPlan))):
         got = step(fused)
     for a, b in zip(got, wanted, strict=True):
@@ -148,7 +149,8 @@ def test_winograd_in_bands(name, isa, bands, monkeypatch):
     fits = any(
         winograd.fits(m.weight.shape[2:], m.geometry) for _, m in fused.named_modules() if isinstance(m, nn.Conv2d)
     )
-    assert any(plan.forward.run == core.MAX_RUN for plan in ran if plan.forward) == fits
+    for products in ([plan.forward for plan in ran], [plan.gradient for plan in ran]):
+        assert any(plan.run == core.MAX_RUN for plan in products if plan) == fits
     assert bands["forward"] and bands["backward"]
 
 
