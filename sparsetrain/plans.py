@@ -289,11 +289,11 @@ def _dense_gradient(x, dy, grid, rows, offsets, run, tasks):
 
 # ---- the three products of a layer
 
-# Below this sparsity the dense kernels are faster, zeros and all (2 threads, AVX-512, forward and backward). Seven
-# linear layers break even between 0.4 (784 to 1024, batch 128) and 0.58 (2048 to 512, batch 32); convolutions whose
-# dense kernels sum over the taps between 0.2 (1x1) and 0.33 (stride 2), and those that winograd.py transforms between
-# 0.38 and 0.49 (nine of 32 to 256 channels) or at 0.28 and 0.36 (512 channels on small maps).
-NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION, NEARLY_DENSE_WINOGRAD = 0.48, 0.3, 0.43
+# Below this sparsity the dense kernels are faster, zeros and all (2 threads, forward and backward). Linear layers break
+# even between 0.4 (784 to 1024, batch 128) and 0.58 (2048 to 512, batch 32; AVX-512); convolutions whose dense kernels
+# sum over the taps between 0.2 and 0.37 (1x1); those that winograd.hh transforms at 0.43 with 32 channels, and between
+# 0.5 (64 on 8x8 maps) and 0.62 (128) with 64 to 512 (AVX2).
+NEARLY_DENSE_LINEAR, NEARLY_DENSE_CONVOLUTION, NEARLY_DENSE_WINOGRAD, NEARLY_DENSE_WIDE = 0.48, 0.3, 0.43, 0.54
 
 
 # From so many positions on, of 16 images each, a dense layer's input gradient reads a copy of its weights, inputs
@@ -314,7 +314,7 @@ def is_nearly_dense(structure, channels, geometry=None):
     shape = structure.shape
     limit = NEARLY_DENSE_LINEAR if len(shape) == 2 else NEARLY_DENSE_CONVOLUTION
     if geometry is not None and is_transformed(shape, geometry):
-        limit = NEARLY_DENSE_WINOGRAD
+        limit = NEARLY_DENSE_WINOGRAD if min(shape[:2]) < 64 else NEARLY_DENSE_WIDE
     return not structure.dense and shape[1] == channels and structure.nnz > (1 - limit) * math.prod(shape)
 
 

@@ -93,9 +93,9 @@ def _weight_time(density):
     return (density + 0.04) / 300
 
 
-# Of that time where the dense input gradient is that of winograd.hh: equal at 58 % zeros, measured at 56 to 62 % for
-# layers of 64 to 256 channels, at 39 and 46 % for 512 on maps of 4x4 and 7x7.
-TRANSFORMED = 0.8
+# Of that time where the dense gradients are those of winograd.hh: equal at 69 % zeros, measured at 70 to 72 % for layers of
+# 64 to 512 channels, at 60 % for 512 on maps of 7x7 (AVX2).
+TRANSFORMED = 0.6
 
 
 def skips(weight, geometry, density):
