@@ -77,12 +77,12 @@ cdef class Plan:
 
     cdef long scratch_size(self):
         """Elements of scratch that a task of spmm() or sddmm() needs."""
-        if self._first_value is not None and self.rows_at_once > 1:
-            if self.run:
-                return 4 * 16 * self.run * (self.block[0] + 2 * self.block[1])
-            return 16 * self._tile[1] * self._tile[2] * self.block[1]
-        cdef long rows = self.rows + self.rows_at_once, transformed = 4 * (self.channels + self.rows) * (self.run | 1)
-        return 16 * (transformed + rows * self.run_tile if self.run else rows * self._tile[1] * self._tile[2])
+        cdef long rows = self.rows + self.rows_at_once, positions = self._tile[1] * self._tile[2]
+        if self._first_value is None:
+            return 16 * (4 * (self.channels + self.rows) * (self.run | 1) + rows * self.run_tile if self.run else rows * positions)
+        if self.rows_at_once == 1:
+            return 0
+        return 16 * (4 * self.run * (self.block[0] + 2 * self.block[1]) if self.run else positions * self.block[1])
 
     cdef long n_weights(self):
         """Values of the parameter."""
