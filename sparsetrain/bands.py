@@ -56,7 +56,7 @@ def _check_rows(isa, about, says):
 
 @kept("bands", about=("blocks", "height", "line_bytes"), says=("run", "rows"), check=_check_rows)
 def _run_and_rows(blocks, height, line_bytes):
-    """Output rows of a task, TASKS of them where the shape allows, and of a band, 2 at least where the task has them."""
+    """Output rows of a task, TASKS of them where the shape allows, and of a band, 2 at least where there are."""
     runs = min(-(-TASKS // blocks), max(1, height // 8))
     run = -(-height // runs)
     bands = -(-run // max(2, BAND_BYTES // line_bytes // 2 * 2))

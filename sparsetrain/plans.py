@@ -19,7 +19,8 @@ from sparsetrain.choices import kept
 from sparsetrain.tiles import L2_BYTES, choose_tile, dense_gradient_tile
 
 TASKS = 16  # at least, where the shape allows: enough for 8 threads to share evenly
-BLOCK = 64  # output channels of a chunk of a dense weight gradient, and input channels with winograd.hh: its sums stay in L2
+# Output channels of a chunk of a dense weight gradient, and input channels with winograd.hh: its sums stay in L2.
+BLOCK = 64
 
 
 class Geometry(NamedTuple):
@@ -261,8 +262,8 @@ def _winograd(x, y, grid, rows, channels, transform, run, tasks):
 
 
 def _dense_gradient(x, dy, grid, rows, offsets, run, tasks):
-    """The plan of a dense layer's weight gradient, `run` tiles of 2 x 2 pixels at once unless that is 0; offsets: of the
-    entries of a row."""
+    """The plan of a dense layer's weight gradient, `run` tiles of 2 x 2 pixels at once unless that is 0; offsets: of
+    the entries of a row."""
     channels, size = x.array.shape[1], grid.extent[1:]
     if run:
         extent, columns, sums = winograd.tiles(grid.extent), channels, 16
@@ -270,7 +271,7 @@ def _dense_gradient(x, dy, grid, rows, offsets, run, tasks):
         order, tile = (0, 1, 2), winograd.task_tile(extent, run)
     else:
         columns, sums = len(offsets), 1
-        # Too few outputs for more than a register of them, or so few weights of each that sums take little of the caches.
+        # Too few outputs for more than a register of them, or so few weights of each that sums take little cache.
         few = 2 * rows <= 3 * core.vector_lanes(x.array.dtype) or columns <= 32
         order, tile = dense_gradient_tile(grid, few)
     tiles = math.prod(-(-grid.extent[axis] // n) for axis, n in zip(order, tile, strict=True))
@@ -439,7 +440,7 @@ def _gradient_parts(tiles, tasks, row_blocks, x_size, weights):
 
 
 def weight_gradient(structure, geometry, x, dy, tasks=TASKS, times=1):
-    """The plan dW = <dy, x> at the stored weights, in the parameter's order. times: so often it adds to the same sums."""
+    """The plan dW = <dy, x> at the stored weights, in the parameter's order, run `times` times on the same sums."""
     grid = _forward_grid(structure, geometry, x, dy)
     out, weights, channels = structure.shape[0], structure.nnz, x.array.shape[1]
     row, channel, offsets = _forward_entries(structure, geometry, x)

@@ -93,8 +93,8 @@ def _weight_time(density):
     return (density + 0.04) / 300
 
 
-# Of that time where the dense gradients are those of winograd.hh: equal at 69 % zeros, measured at 70 to 72 % for layers of
-# 64 to 512 channels, at 60 % for 512 on maps of 7x7 (AVX2).
+# Of that time where the dense gradients are those of winograd.hh: equal at 69 % zeros, measured at 70 to 72 % for
+# layers of 64 to 512 channels, at 60 % for 512 on maps of 7x7 (AVX2).
 TRANSFORMED = 0.6
 
 

@@ -18,8 +18,8 @@ L2_BYTES, L2_RISE = 600 << 10, 400 << 10
 # sums of all rows and what is fetched for the next tile are there too.
 AHEAD_BYTES, AHEAD_RISE = 80 << 10, 320 << 10
 
-# Positions of a dense weight gradient's tile: what they have of dy, turned, stays in the caches. Its sums are loaded and
-# stored for each, or, where outputs are few, are sums over the lanes.
+# Positions of a dense weight gradient's tile: what they have of dy, turned, stays in the caches. Its sums are loaded
+# and stored for each, or, where outputs are few, are sums over the lanes.
 GRADIENT_POSITIONS, FEW_POSITIONS = 32, 96
 
 ORDERS = ((0, 1, 2), (1, 0, 2), (2, 1, 0))

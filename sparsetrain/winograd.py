@@ -1,4 +1,4 @@
-"""Which products of dense 3x3 convolutions run with fewer multiply-adds, and how: by tiles of 2 x 2 pixels (winograd.hh)."""
+"""Which products of dense 3x3 convolutions run with fewer multiply-adds: by tiles of 2 x 2 pixels (winograd.hh)."""
 
 import math
 
@@ -41,8 +41,8 @@ def choose_run(output, rows, channels, times):
 @kept("winograd gradient", about=("output", "rows", "channels", "times"), says=("run",), check=_check)
 def choose_gradient_run(output, rows, channels, times):
     """The same of a weight gradient, whose sums over so many outputs are transformed once."""
-    # Cycles as above. To transform takes 60 a tile and channel, and the sixteen sums of a weight, zeroed, added up over the
-    # tasks and transformed, 20 (22 layers of 3 to 512 channels, 2 cores of a Zen 3, AVX2, halved).
+    # Cycles as above. To transform takes 60 a tile and channel, and the sixteen sums of a weight, zeroed, added up over
+    # the tasks and transformed, 20 (22 layers of 3 to 512 channels, 2 cores of a Zen 3, AVX2, halved).
     n = times * math.prod(tiles(output))
     taps = 9 / 2 * rows * channels * times * math.prod(output) / 0.92
     transformed = 16 / 2 * rows * channels * n / 0.88 + 60 * n * (rows + channels) + 20 * rows * channels

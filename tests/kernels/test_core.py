@@ -310,7 +310,7 @@ def test_winograd(name, run, dtype, isa, poison, monkeypatch):
 @pytest.mark.parametrize("run", [0, 2])
 @DTYPES
 def test_dense_weight_gradients_of_any_size(run, dtype, isa, monkeypatch):
-    """Of outputs in whole registers or not, one block of them or several, and of so many inputs as meet them at once."""
+    """Of outputs in whole registers or not, one block of them or several, and of as many inputs as meet at once."""
     monkeypatch.setattr(winograd, "choose_gradient_run", lambda *_: run)
     kernel = (3, 3) if run else (1, 1)
     for inputs, outputs in product((*range(1, 10), 70), (1, 3, 6, 9, 17, 24, 33, 50, 72, 130)):
